@@ -1,0 +1,264 @@
+"""The commands: what each is asked, what its help says, and the function that runs it.
+
+What does the work is imported inside the functions, so that help and `verify` start at once and never import jax.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rethinker_jax.config import Config, MeshConfig
+from rethinker_jax.config_file import config_name, find_config, load_config, load_defaults
+from rethinker_jax.config_keys import ALL_KEYS
+from rethinker_jax.errors import UserError
+from rethinker_jax.options import SampleOptions, ScoreOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A parsed command line: the command's options, the words that are no overrides, the overrides, the mesh."""
+
+    options: argparse.Namespace
+    words: tuple[str, ...]
+    overrides: tuple[str, ...]
+    mesh: MeshConfig | None
+
+    def config_path(self) -> Path | None:
+        """The one CONFIG.yaml, if it was given."""
+        if len(self.words) > 1:
+            raise UserError(f"wanted one CONFIG.yaml, came {' and '.join(self.words)}")
+        if self.words and self.words[0] in ALL_KEYS:
+            raise UserError(f"{self.words[0]}: wanted a value, as in {self.words[0]}=VALUE")
+        return find_config(self.words[0]) if self.words else None
+
+    def config(self, without_file: Callable[[Sequence[str]], Config]) -> Config:
+        """The config of the file, or without one `without_file(overrides)`; --mesh goes before both."""
+        overrides = list(self.overrides)
+        if self.mesh is not None:
+            overrides += [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(self.mesh).items()]
+        path = self.config_path()
+        return load_config(path, overrides) if path else without_file(overrides)
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    """For commands that are told everything by their config."""
+
+
+def _train(request: Request) -> None:
+    config = request.config(lambda overrides: load_config(None, overrides))
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.loop import train
+
+    start_jax(config)
+    train(config, config_name(request.config_path()))
+
+
+def _sft(request: Request) -> None:
+    config = request.config(lambda overrides: load_config(None, overrides))
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.sft import fine_tune
+
+    start_jax(config)
+    fine_tune(config, config_name(request.config_path()))
+
+
+def _pipeline(request: Request) -> None:
+    path = request.config_path()
+    if path is None:
+        raise UserError("pipeline: wanted the YAML file of a recipe, as in pipeline configs/NAME.yaml")
+    if not path.is_file():
+        raise UserError(f"pipeline: {path}: no such file")
+    from rethinker_jax.pipeline import run_pipeline
+
+    run_pipeline(path, list(request.overrides), request.mesh)
+
+
+def _prompt_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory or checkpoint (default: model.path)")
+    parser.add_argument("--data", metavar="ROWS", help="rows: parquet, JSON lines, a hub id, or example:SPLIT")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="JSON lines (default: standard output)")
+    parser.add_argument(
+        "--prompt-template", metavar="NAME", help="or `none` for the bare question (default: data.prompt_template)"
+    )
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    _prompt_options(parser)
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="for --question; may be repeated")
+    parser.add_argument("--question", metavar="TEXT", help="one shot instead of --data")
+    parser.add_argument("--n", metavar="N", type=int, default=1, help="completions per problem (default: 1)")
+    parser.add_argument("--seed", metavar="N", type=int, help="names the random stream (default: run.seed)")
+
+
+def _sample(request: Request) -> None:
+    options, config = request.options, request.config(load_defaults)
+    if (options.data is None) == (options.question is None):
+        raise UserError("sample: wanted either --data ROWS or --question TEXT")
+    if options.image and options.question is None:
+        raise UserError("sample: --image belongs to --question TEXT")
+    for image in options.image:
+        if not Path(image).is_file():
+            raise UserError(f"sample: --image {image}: no such file")
+    if options.n < 1:
+        raise UserError(f"sample: --n {options.n}: wanted 1 or more")
+    config = _with_model(config, options.model)
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.sample import sample
+
+    start_jax(config)
+    asked = SampleOptions(
+        model=config.model.path,
+        data=options.data,
+        image=tuple(options.image),
+        question=options.question,
+        output=options.output,
+        n=options.n,
+        seed=config.run.seed if options.seed is None else options.seed,
+        prompt_template=options.prompt_template or config.data.prompt_template,
+    )
+    sample(asked, config)
+
+
+def _score(request: Request) -> None:
+    options, config = request.options, request.config(load_defaults)
+    if options.data is None:
+        raise UserError("score: wanted --data ROWS, problems with a completion or completion_ids each")
+    config = _with_model(config, options.model)
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.sample import score
+
+    start_jax(config)
+    template = options.prompt_template or config.data.prompt_template
+    score(ScoreOptions(config.model.path, options.data, options.output, template), config)
+
+
+def _with_model(config: Config, model: str | None) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model)) if model else config
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", metavar="FILE", type=Path, help="JSON lines of responses and answers")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="JSON lines (default: standard output)")
+
+
+def _verify(request: Request) -> None:
+    config = request.config(load_defaults)
+    if request.options.input is None:
+        raise UserError("verify: wanted --input FILE, JSON lines of {id, response, answer}")
+    if not request.options.input.exists():
+        raise UserError(f"verify: --input {request.options.input}: no such file")
+    from rethinker_jax.verify.command import verify_file
+
+    verify_file(request.options.input, request.options.output, config.verifier)
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", type=Path, help="the directory to write")
+
+
+def _export(request: Request) -> None:
+    source = _one_path(request, "export", "a run directory or a checkpoint")
+    if request.options.output is None:
+        raise UserError("export: wanted --output DIR, the directory to write")
+    from rethinker_jax.export import export
+
+    export(source, request.options.output)
+
+
+def _report(request: Request) -> None:
+    run_dir = _one_path(request, "report", "a run directory")
+    from rethinker_jax.report import write_report
+
+    print(write_report(run_dir))
+
+
+def _one_path(request: Request, command: str, wanted: str) -> Path:
+    words = (*request.words, *request.overrides)
+    if len(words) != 1:
+        raise UserError(f"{command}: wanted {wanted}, came {' '.join(words) or 'nothing'}")
+    if not Path(words[0]).exists():
+        raise UserError(f"{command}: {words[0]}: no such directory; wanted {wanted}")
+    return Path(words[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: what its help says, its own options, the config sections it lists, and the function that runs it."""
+
+    summary: str
+    usage: str
+    details: str
+    run: Callable[[Request], None]
+    add_options: Callable[[argparse.ArgumentParser], None] = _no_options
+    sections: tuple[str, ...] = ()
+    takes_mesh: bool = True
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "reinforcement learning by a config (the default; without a config, the embedded example)",
+        "[CONFIG.yaml] [--mesh [SPEC]] [section.key=value ...]",
+        "Samples completions, verifies them, and learns from the verdicts, with an evaluation before and after.\n"
+        "Writes config.yaml, metrics.jsonl, rollouts/, checkpoints/, tensorboard/, summary.json and report.html to\n"
+        "run.dir, and goes on from the last checkpoint that it finds there.",
+        _train,
+        sections=tuple(field.name for field in dataclasses.fields(Config) if field.name != "sft"),
+    ),
+    "sft": Command(
+        "supervised fine-tuning on completions",
+        "[CONFIG.yaml] [--mesh [SPEC]] sft.data=ROWS [section.key=value ...]",
+        "Learns the completions of rows that hold a problem and its `completion`. Resumes from its run directory.",
+        _sft,
+        sections=("run", "model", "mesh", "data", "optimizer", "training", "sft"),
+    ),
+    "pipeline": Command(
+        "a recipe of several stages, resumable per stage",
+        "CONFIG.yaml [--mesh [SPEC]] [section.key=value ...]",
+        "Runs the stages of a recipe one after the other; a stage that is done is not run again. manifest.json in the\n"
+        "run directory says what each started from and what it left. Overrides hold for every stage.",
+        _pipeline,
+    ),
+    "sample": Command(
+        "completions of a model, as JSON lines",
+        "--model DIR (--data ROWS | --question TEXT [--image FILE ...]) [--n N] [options] [section.key=value ...]",
+        "Writes {id, sample, completion, completion_ids, log_probs, finish_reason}, one line per completion.\n"
+        "Without a config, the defaults below hold; sampling.temperature=0 is greedy.",
+        _sample,
+        _sample_options,
+        ("run", "model", "mesh", "data", "sampling"),
+    ),
+    "score": Command(
+        "per-token log-probs of given completions, as JSON lines",
+        "--model DIR --data ROWS [options] [section.key=value ...]",
+        "Every row holds a problem and its `completion` (text) or `completion_ids`.\n"
+        "Writes {id, token_ids, log_probs}: natural log, full softmax, temperature 1.",
+        _score,
+        _prompt_options,
+        ("model", "mesh", "data"),
+    ),
+    "verify": Command(
+        "judges responses against answers; needs no accelerator",
+        "--input FILE [--output FILE] [verifier.key=value ...]",
+        "Reads {id, response, answer, choices?, type?}, writes {id, verdict, reward, extracted, rule, ms}.",
+        _verify,
+        _verify_options,
+        ("verifier",),
+        takes_mesh=False,
+    ),
+    "export": Command(
+        "a run or a checkpoint as a Hugging Face directory",
+        "RUN_OR_CHECKPOINT --output DIR",
+        "The directory is one that transformers and vLLM load. A run means its last checkpoint.",
+        _export,
+        _export_options,
+        takes_mesh=False,
+    ),
+    "report": Command(
+        "a run as one HTML page",
+        "RUN",
+        "Writes report.html into the run directory and prints its path: curves, and rollouts with images and verdicts.",
+        _report,
+        takes_mesh=False,
+    ),
+}

@@ -1,0 +1,106 @@
+"""Rules of the config that span several keys; the types and bounds of single keys stand in `config.py`."""
+
+import dataclasses
+import math
+
+from rethinker_jax.config import Config, MeshConfig
+
+
+def check(config: Config) -> list[str]:
+    """What is wrong between the keys of a well-typed config, one sentence each; empty when nothing is."""
+    return [
+        *_check_finite(config),
+        *check_mesh(config.mesh),
+        *_check_sampling(config),
+        *_check_batches(config),
+        *_check_rethink(config),
+        *_check_learning(config),
+    ]
+
+
+def check_mesh(mesh: MeshConfig) -> list[str]:
+    """Axis sizes are positive, except that at most one may be -1. Whether they fit the devices is known only later."""
+    sizes = dataclasses.asdict(mesh)
+    problems = [
+        f"mesh.{axis} is {size}; wanted a positive number, or -1 for the devices that are left"
+        for axis, size in sizes.items()
+        if size == 0 or size < -1
+    ]
+    filled = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    if len(filled) > 1:
+        problems.append(f"{' and '.join(filled)} are both -1; only one axis can take the devices that are left")
+    return problems
+
+
+def _check_finite(config: Config) -> list[str]:
+    return [
+        f"{section}.{key} is {value}; wanted a finite number"
+        for section, keys in dataclasses.asdict(config).items()
+        for key, value in keys.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+
+
+def _check_sampling(config: Config) -> list[str]:
+    problems = []
+    if config.sampling.top_p <= 0:
+        problems.append("sampling.top_p is 0, which leaves no token to draw; wanted 0 < top_p <= 1 (1 = off)")
+    if "" in config.sampling.stop_strings:
+        problems.append("sampling.stop_strings holds an empty string, which would stop every completion at once")
+    low, high = config.data.min_pixels, config.data.max_pixels
+    if low and high and low > high:
+        problems.append(f"data.min_pixels {low} is above data.max_pixels {high}")
+    return problems
+
+
+def _check_batches(config: Config) -> list[str]:
+    batch, micro = config.training.batch_size, config.training.micro_batch_size
+    prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
+    problems = []
+    if micro and batch % micro:
+        problems.append(f"training.batch_size {batch} is not a multiple of training.micro_batch_size {micro}")
+    if samples < 2:
+        problems.append(
+            f"rollout.samples_per_prompt is {samples}; an advantage compares a group's samples, so it needs 2 or more"
+        )
+    if (prompts * samples) % batch:
+        problems.append(
+            f"rollout.prompts_per_step {prompts} x rollout.samples_per_prompt {samples} = {prompts * samples} rows "
+            f"cannot be cut into batches of training.batch_size {batch}"
+        )
+    if config.replay.mode == "ssr" and batch % samples:
+        problems.append(
+            f"training.batch_size {batch} is not a multiple of rollout.samples_per_prompt {samples}, "
+            "which replay.mode ssr needs"
+        )
+    return problems
+
+
+def _check_rethink(config: Config) -> list[str]:
+    rethink = config.rethink
+    problems = []
+    if len(rethink.odds) != len(rethink.triggers):
+        problems.append(
+            f"rethink.odds has {len(rethink.odds)} entries and rethink.triggers {len(rethink.triggers)}; "
+            "wanted one per trigger"
+        )
+    if rethink.rule == "off":
+        return problems
+    if not rethink.triggers or not all(rethink.triggers):
+        problems.append(f"rethink.rule is {rethink.rule} and rethink.triggers is empty or holds an empty string")
+    if sum(rethink.odds) <= 0:
+        problems.append(f"rethink.odds {list(rethink.odds)} sum to 0, so no trigger could be drawn")
+    if rethink.fraction == 0:
+        problems.append(f"rethink.rule is {rethink.rule} with rethink.fraction 0; write rethink.rule=off to mean that")
+    return problems
+
+
+def _check_learning(config: Config) -> list[str]:
+    problems = [
+        f"optimizer.{name} is 1, where the average never moves and its bias correction divides by 0; wanted below 1"
+        for name, value in (("b1", config.optimizer.b1), ("b2", config.optimizer.b2))
+        if value >= 1
+    ]
+    if config.loss.clip_low >= 1:
+        problems.append(f"loss.clip_low is {config.loss.clip_low}; the lower bound 1 - clip_low must stay above 0")
+    return problems

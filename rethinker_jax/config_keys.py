@@ -1,0 +1,97 @@
+"""The names of all config keys: their table, the nearest name to a wrong one, and the listing that the help prints."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import io
+import tokenize
+import typing
+from collections.abc import Iterable
+
+from rethinker_jax import config as config_module
+from rethinker_jax.config import Config
+
+SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+KEY_TYPES: dict[str, dict[str, typing.Any]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
+ALL_KEYS: tuple[str, ...] = tuple(f"{section}.{key}" for section, keys in KEY_TYPES.items() for key in keys)
+_TYPE_WORDS = {
+    "Positive": "int >= 1",
+    "NonNegative": "int >= 0",
+    "PositiveFloat": "float > 0",
+    "NonNegativeFloat": "float >= 0",
+    "Fraction": "0 to 1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigKey:
+    """One key as the help shows it. `type` and `comment` are the text of the source."""
+
+    name: str
+    type: str
+    default: object
+    comment: str
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ "; did you mean X?" with the nearest of `words`, or "" where none is near."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def nearest_key(section: str, key: str) -> str:
+    """ "; did you mean section.key?" for a key that does not exist.
+
+    A near name or an abbreviation (`lr`) in the same section comes first, then the same name in another section, then a
+    near full name; where a known section has nothing near, its keys are listed.
+    """
+    keys = list(KEY_TYPES.get(section, ()))
+    in_section = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    in_section += [name for name in keys if "".join(word[0] for word in name.split("_")) == key]
+    if in_section:
+        return f"; did you mean {section}.{in_section[0]}?"
+    elsewhere = [f"{name}.{key}" for name, names in KEY_TYPES.items() if key in names]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return f"; {section} has {', '.join(keys)}" if keys else nearest(f"{section}.{key}", ALL_KEYS)
+
+
+def describe_config(sections: Iterable[str] = SECTIONS) -> list[ConfigKey]:
+    """Every key of the named sections, in the order of the source."""
+    source = inspect.getsource(config_module)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    default = Config()
+    found = []
+    for section in sections:
+        values = dataclasses.asdict(default)[section]
+        for node in classes[SECTIONS[section].__name__].body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                key = node.target.id
+                comment = comments.get(node.end_lineno or node.lineno, "")
+                found.append(ConfigKey(f"{section}.{key}", ast.unparse(node.annotation), values[key], comment))
+    return found
+
+
+def listing(sections: Iterable[str] = SECTIONS) -> str:
+    """The keys as lines for `--help`: `section.key=default  (type) comment`."""
+    lines: list[str] = []
+    for section in sections:
+        lines.append(f"\n{section}: {_first_line(SECTIONS[section])}".rstrip(": "))
+        for key in describe_config([section]):
+            note = f"  {key.comment}" if key.comment else ""
+            lines.append(f"  {key.name}={_short(key.default)}  ({_TYPE_WORDS.get(key.type, key.type)}){note}")
+    return "\n".join(lines)
+
+
+def _first_line(kind: type) -> str:
+    """The first line of a written docstring; dataclasses without one get a signature, which is left out."""
+    text = (kind.__doc__ or "").strip()
+    return "" if text.startswith(f"{kind.__name__}(") else text.splitlines()[0]
+
+
+def _short(value: object) -> str:
+    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

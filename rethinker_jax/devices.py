@@ -1,0 +1,67 @@
+"""Starting jax: which devices, which processes, where compiled programs are kept. Called before jax is used."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from rethinker_jax.config import Config
+from rethinker_jax.errors import UserError
+
+
+def start_jax(config: Config) -> None:
+    """Sets jax up for this process; may be called again, and does nothing of what was done already.
+
+    JAX_NUM_CPU_DEVICES=n is read by jax itself; as it asks for a simulation, the CPU is chosen unless JAX_PLATFORMS
+    says otherwise. JAX_COMPILATION_CACHE_DIR goes before `run.compilation_cache`.
+    """
+    if os.environ.get("JAX_NUM_CPU_DEVICES") and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        _set_compilation_cache(config.run.compilation_cache)
+    # jax skips programs that compile in under a second; a small run is made of those.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not jax.distributed.is_initialized():
+        _join_job()
+
+
+def _set_compilation_cache(directory: str) -> None:
+    """Uses the directory, or none where it is "" or cannot be made: a run without a cache is slower, not wrong."""
+    if not directory:
+        return
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"warning: run.compilation_cache: {path} cannot be made ({error}); compiling anew", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def _join_job() -> None:
+    """Joins the other processes of a multi-host job, if a launcher started this one.
+
+    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, and the variables that srun, mpirun and
+    the TPU runtime set for more than one process; with those jax finds the rest by itself.
+    """
+    env = os.environ
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [name for name in names if env.get(name)]
+    if len(given) == len(names):
+        address, processes, process = (env[name] for name in names)
+        if not (processes.isdigit() and process.isdigit() and int(process) < int(processes)):
+            raise UserError(
+                f"JAX_PROCESS_ID={process}, JAX_NUM_PROCESSES={processes}: wanted numbers, the first below the second"
+            )
+        jax.distributed.initialize(address, int(processes), int(process))
+    elif (
+        int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    ):
+        jax.distributed.initialize()
+    elif given and given != ["JAX_COORDINATOR_ADDRESS"]:
+        raise UserError(
+            f"{' and '.join(given)} set without {' and '.join(sorted(set(names) - set(given)))}; wanted all three"
+        )

@@ -1,0 +1,296 @@
+"""The RL run, top to bottom: prompt → rollout → verify → advantage → replay → update."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rethinker_jax import replay, rethink
+from rethinker_jax.advantage import group_advantages
+from rethinker_jax.config import Config
+from rethinker_jax.config_file import save_config
+from rethinker_jax.console import RunProgress, print_summary
+from rethinker_jax.devices import start_jax
+from rethinker_jax.errors import UserError
+from rethinker_jax.evaluate import Evaluation, evaluate
+from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.prompts.dataset import read_problems
+from rethinker_jax.prompts.order import DataOrder
+from rethinker_jax.report import write_report
+from rethinker_jax.rollout import Group, budgets_of, roll_out
+from rethinker_jax.run_directory import RunDirectory, versions
+from rethinker_jax.step_metrics import batch_metrics, rollout_metrics, share
+from rethinker_jax.system import System, load_system, make_updater
+from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
+from rethinker_jax.training.checkpoint import CheckpointStore, Saved
+from rethinker_jax.training.update import TrainState, Updater
+from rethinker_jax.types import Problem, Prompt
+from rethinker_jax.verify.pool import VerifierPool
+
+
+SHOWN = ("reward", "accuracy", "effective_share", "tokens_per_second")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What changes from step to step, and is in every checkpoint."""
+
+    step: int
+    state: TrainState
+    buffer: tuple[replay.Experience, ...]
+
+
+def train(config: Config, name: str) -> Path:
+    """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns the run directory."""
+    start_jax(config)
+    started = time.monotonic(), time.process_time()
+    run = RunDirectory(Path(config.run.dir or f"runs/{name}"))
+    with run.locked():
+        summary = run.read_summary()
+        if summary.get("after") and summary.get("num_steps", 0) >= config.run.num_steps:
+            print_summary(summary, {"report": run.path / "report.html"})
+            return run.path
+        run.check_config(config)
+        save_config(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path))), run.path / "config.yaml")
+        problems = load_problems(config, config.data.train)
+        system = load_system(config)
+        with VerifierPool(config.verifier) as pool, MetricsLog(run.path, _first_step(run, config)) as log:
+            run_steps(run, config, name, system, problems, pool, log, started)
+    print_summary(run.read_summary(), {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"})
+    return run.path
+
+
+def run_steps(
+    run: RunDirectory,
+    config: Config,
+    name: str,
+    system: System,
+    problems: Sequence[Problem],
+    pool: VerifierPool,
+    log: MetricsLog,
+    started: tuple[float, float],
+) -> None:
+    """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
+    test = [system.builder.build(problem) for problem in load_test(config)]
+    store = CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)
+    updater, progress, before = begin(config, system, store)
+    order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
+    with RunProgress(config.run.num_steps, progress.step) as shown:
+        if before is None:
+            shown.phase("evaluation before")
+            found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
+            run.write_evaluation("before", found.groups)
+            before = found.scores
+        while progress.step < config.run.num_steps:
+            shown.phase("training")
+            metrics, groups = train_step(config, system, updater, problems, order, pool, progress)
+            log.write(progress.step - 1, metrics)
+            last = progress.step == config.run.num_steps
+            if (progress.step - 1) % config.run.rollouts_every == 0 or last:
+                run.write_rollouts(progress.step - 1, groups)
+            if progress.step % config.run.save_every == 0 or last:
+                save(store, progress, before, config)
+            shown.update(progress.step, {name: metrics[name] for name in SHOWN})
+        shown.phase("evaluation after")
+        found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
+        run.write_evaluation("after", found.groups)
+    store.close()
+    run.write_summary(summarize(config, name, before, found, read_metrics(log.path), started))
+
+
+def begin(config: Config, system: System, store: CheckpointStore) -> tuple[Updater, Progress, dict[str, float] | None]:
+    """The state at the first step, or at the last checkpoint; then with the scores of the evaluation before."""
+    rows_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    num_updates = config.run.num_steps * (rows_per_step // config.training.batch_size)
+    updater = make_updater(config, system, num_updates, config.loss)
+    progress = Progress(0, updater.init(system.params), ())
+    if store.latest_step is None:
+        return updater, progress, None
+    saved = store.restore(progress.state, system.mesh)
+    return updater, Progress(saved.meta["step"], saved.state, replay.from_arrays(saved.arrays)), saved.meta["before"]
+
+
+def train_step(
+    config: Config,
+    system: System,
+    updater: Updater,
+    problems: Sequence[Problem],
+    order: DataOrder,
+    pool: VerifierPool,
+    progress: Progress,
+) -> tuple[dict[str, float], list[Group]]:
+    """One step: a rollout batch and its optimizer steps. Changes `progress`; returns the step's metrics and rollouts."""
+    begin_time, step = time.monotonic(), progress.step
+
+    # prompt
+    prompts = next_prompts(config, system, problems, order, step)
+
+    # rollout, verify
+    forced = rethink.active(config.rethink, step)
+    sampling_params = system.sampling_params(progress.state.params)
+    groups, counters = roll_out(system, sampling_params, prompts, config, pool, step, forced=forced)
+    del sampling_params
+    rollout_time = time.monotonic()
+
+    # advantage
+    groups = with_advantages(groups, config)
+    experiences = [experience_of(group, place, progress) for group in groups for place in range(len(group.rollouts))]
+    metrics = rollout_metrics(groups, config.advantage.epsilon, counters)
+
+    # replay, update
+    found = []
+    prompt_of = {row: prompt for row, prompt in prompts}
+    for start in range(0, len(experiences), config.training.batch_size):
+        raw = experiences[start : start + config.training.batch_size]
+        update = int(jax.device_get(progress.state.num_updates))
+        chosen = replay.select(raw, progress.buffer, config.replay, config.advantage.epsilon, (config.run.seed, update))
+        progress.buffer = chosen.buffer
+        sums = {}
+        if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
+            batches = make_batches(config, system, problems, prompt_of, chosen, start == 0)
+            progress.state, sums = updater.step(progress.state, batches)
+        found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
+    metrics |= {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
+    refuse_bad_updates(config, progress)
+
+    progress.step += 1
+    seconds = time.monotonic() - begin_time
+    metrics["replay_size"] = len(progress.buffer)
+    metrics["seconds_rollout"] = rollout_time - begin_time
+    metrics["seconds_update"] = seconds - metrics["seconds_rollout"]
+    metrics["tokens_per_second"] = sum(len(one.completion) for group in groups for one in group.rollouts) / seconds
+    return metrics, groups
+
+
+def next_prompts(
+    config: Config, system: System, problems: Sequence[Problem], order: DataOrder, step: int
+) -> list[tuple[int, Prompt]]:
+    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once."""
+    count = config.rollout.prompts_per_step
+    rows = dict.fromkeys(order[step * count + place] for place in range(count))
+    return [(row, system.builder.build(problems[row])) for row in rows]
+
+
+def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
+    rewards = np.stack([group.rewards for group in groups])
+    first = np.stack([group.first_rewards for group in groups])
+    advantages = group_advantages(rewards, first, config.advantage.estimator)
+    return [
+        dataclasses.replace(
+            group,
+            rollouts=tuple(
+                dataclasses.replace(rollout, advantage=float(advantage))
+                for rollout, advantage in zip(group.rollouts, row, strict=True)
+            ),
+        )
+        for group, row in zip(groups, advantages, strict=True)
+    ]
+
+
+def experience_of(group: Group, place: int, progress: Progress) -> replay.Experience:
+    rollout = group.rollouts[place]
+    loss_mask, nll_mask = rethink.loss_masks(rollout.completion)
+    return replay.Experience(
+        problem=group.problem,
+        completion_ids=rollout.completion.token_ids,
+        loss_mask=loss_mask,
+        nll_mask=nll_mask,
+        old_log_probs=rollout.completion.log_probs,
+        advantage=rollout.advantage,
+        update=int(jax.device_get(progress.state.num_updates)),
+    )
+
+
+def make_batches(
+    config: Config,
+    system: System,
+    problems: Sequence[Problem],
+    prompt_of: dict[int, Prompt],
+    chosen: replay.Selection,
+    first_update: bool,
+) -> list[TrainBatch]:
+    """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own."""
+
+    def row(one: replay.Experience, fresh: bool) -> TrainRow:
+        prompt = prompt_of.get(one.problem) or system.builder.build(problems[one.problem])
+        return TrainRow(
+            prompt, one.completion_ids, one.loss_mask, one.nll_mask, one.old_log_probs, one.advantage, fresh and first_update
+        )
+
+    rows = [row(one, True) for one in chosen.fresh] + [row(one, False) for one in chosen.replayed]
+    triggers = [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]
+    length = budgets_of(config, triggers).total
+    size = config.training.batch_size
+    micro = config.training.micro_batch_size or size
+    return [pack_rows(rows[start : start + micro], system.geometry, length, micro) for start in range(0, size, micro)]
+
+
+def refuse_bad_updates(config: Config, progress: Progress) -> None:
+    skipped = int(jax.device_get(progress.state.num_skipped))
+    if skipped > config.training.max_skipped_updates:
+        raise UserError(
+            f"step {progress.step}: {skipped} updates had a gradient that is not finite, more than "
+            f"training.max_skipped_updates={config.training.max_skipped_updates}. The last checkpoint is kept; lower the "
+            "learning rate or look at the rollouts."
+        )
+
+
+def save(store: CheckpointStore, progress: Progress, before: dict[str, float], config: Config) -> None:
+    length = max([len(one.completion_ids) for one in progress.buffer], default=1)
+    meta = {"step": progress.step, "before": before}
+    store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer, length), meta))
+
+
+def load_problems(config: Config, source: str) -> tuple[Problem, ...]:
+    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows)
+    if not found.problems:
+        raise UserError(f"{source}: wanted at least one usable row, found none of {len(found.bad_rows)}.")
+    return found.problems
+
+
+def load_test(config: Config) -> tuple[Problem, ...]:
+    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
+    return load_problems(config, config.data.test)[:count] if count else ()
+
+
+def _first_step(run: RunDirectory, config: Config) -> int:
+    """The step that the newest checkpoint goes on from; later lines of the metrics are written again."""
+    steps = [int(path.name) for path in (run.path / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
+
+
+def summarize(
+    config: Config,
+    name: str,
+    before: dict[str, float],
+    after: Evaluation,
+    rows: list[dict[str, Any]],
+    started: tuple[float, float],
+) -> dict[str, Any]:
+    """What `summary.json` holds. Shares of training are means over its first and last tenth, at least five steps."""
+    width = max(5, len(rows) // 10)
+
+    def ends(key: str) -> dict[str, float]:
+        return {
+            "first": float(np.mean([row[key] for row in rows[:width]])),
+            "last": float(np.mean([row[key] for row in rows[-width:]])),
+        }
+
+    device = jax.devices()[0]
+    return {
+        "name": name,
+        "num_steps": config.run.num_steps,
+        "before": before,
+        "after": after.scores,
+        "after_per_source": after.per_source,
+        "zero_advantage_share": ends("zero_advantage_share"),
+        "effective_share": ends("effective_share"),
+        "wall_s": time.monotonic() - started[0],
+        "cpu_s": time.process_time() - started[1],
+        "seed": config.run.seed,
+        "device": f"{len(jax.devices())} × {device.device_kind}",
+    } | versions()

@@ -1,0 +1,148 @@
+"""The whole model, and the one way in which it is used: an immutable definition, and parameters as a plain pytree.
+
+    model = define_model(config)          # no arrays
+    params = load_params(...)             # nested dictionary of arrays (`models/weights.py`)
+    hidden = model.hidden(params, text, model.encode_images(params, vision))
+
+`text` and `vision` are the array dataclasses of `prompts/batch.py` and `prompts/windows.py`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from rethinker_jax.models.attention import attend as plain_attend
+from rethinker_jax.models.qwen_config import QwenConfig
+from rethinker_jax.models.rope import text_angles
+from rethinker_jax.models.text import Attend, TextDecoder
+from rethinker_jax.models.vision import VisionTower
+from rethinker_jax.prompts.batch import PromptBatch, TextBatch
+from rethinker_jax.prompts.windows import VisionBatch
+
+# The host's batches are jax's too: the package that makes them imports no jax.
+for _batch in (TextBatch, VisionBatch, PromptBatch):
+    jax.tree_util.register_dataclass(_batch, [field.name for field in dataclasses.fields(_batch)], [])
+
+Params = dict[str, Any]
+
+
+class Qwen25VL(nnx.Module):
+    def __init__(self, config: QwenConfig, rngs: nnx.Rngs):
+        self.vision = VisionTower(config.vision, rngs)
+        self.text = TextDecoder(config, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Definition without arrays; hashable, so it may be a static argument of a jitted function."""
+
+    config: QwenConfig
+    vision: nnx.GraphDef
+    layer: nnx.GraphDef
+    norm: nnx.GraphDef
+    remat: bool = False
+
+    def encode_images(self, params: Params, vision: VisionBatch) -> Float[Array, "merged d_model"]:
+        """Merged image tokens, as a table that `image_index` points into."""
+        tower: VisionTower = nnx.merge(self.vision, params["vision"])
+        return tower(vision.patches, vision.hw, vision.segment, vision.valid, self.remat)
+
+    def embed(
+        self,
+        params: Params,
+        token_ids: Int[Array, "batch seq"],
+        image_index: Int[Array, "batch seq"] | None = None,
+        image_table: Float[Array, "merged d_model"] | None = None,
+    ) -> Float[Array, "batch seq d_model"]:
+        """Token embeddings, with image tokens (image_index ≥ 0) taken from `image_table`."""
+        x = params["text"]["embedding"][token_ids]
+        if image_table is None or image_index is None:
+            return x
+        return jnp.where(image_index[..., None] >= 0, image_table[jnp.maximum(image_index, 0)].astype(x.dtype), x)
+
+    def angles(self, positions: Int[Array, "3 batch seq"]) -> Float[Array, "batch seq half"]:
+        return text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+
+    def run_layers(
+        self, layers: Params | Sequence[Params], x: jax.Array, angles: jax.Array, attend: Attend, caches: Any = None
+    ) -> tuple[Float[Array, "batch seq d_model"], Any]:
+        """Run the decoder layers: a scan over stacked parameters, or a plain loop over a list of them.
+
+        `caches` is stacked or a list likewise; what `attend` returns as cache comes back in the same form.
+        """
+
+        def layer(x: jax.Array, inputs: tuple[Params, Any]) -> tuple[jax.Array, Any]:
+            return nnx.merge(self.layer, inputs[0])(x, angles, attend, inputs[1])
+
+        if isinstance(layers, dict):
+            return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, (layers, caches))
+        new_caches = []
+        for params, cache in zip(layers, caches if caches is not None else [None] * len(layers), strict=True):
+            x, cache = layer(x, (params, cache))
+            new_caches.append(cache)
+        return x, new_caches
+
+    def hidden(self, params: Params, text: TextBatch, image_table: jax.Array | None) -> Float[Array, "batch seq d_model"]:
+        """Final hidden states (before the last norm) of right-padded rows; the teacher-forced pass."""
+        x = self.embed(params, text.token_ids, text.image_index, image_table)
+        attend = functools.partial(causal_attend, text.lengths)
+        return self.run_layers(params["text"]["layers"], x, self.angles(text.positions), attend)[0]
+
+    def logits(self, params: Params, hidden: Float[Array, "*rows d_model"]) -> Float[Array, "*rows vocab"]:
+        """Float32 logits of final hidden states; a tied head is the embedding."""
+        text = params["text"]
+        x = nnx.merge(self.norm, text["norm"])(hidden)
+        if "head" in text:
+            return jnp.einsum("...D,DV->...V", x, text["head"]["kernel"], preferred_element_type=jnp.float32)
+        return jnp.einsum("...D,VD->...V", x, text["embedding"], preferred_element_type=jnp.float32)
+
+
+def causal_attend(
+    lengths: Int[Array, " batch"], query: jax.Array, key: jax.Array, value: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
+    """Causal attention inside right-padded rows of `lengths` tokens."""
+    seq = jnp.arange(query.shape[1])
+    mask = (seq[None, :, None] >= seq[None, None, :]) & (seq[None, None, :] < lengths[:, None, None])
+    return plain_attend(query, key, value, mask), cache
+
+
+def define_model(config: QwenConfig, remat: bool = False) -> Model:
+    abstract = nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0)))
+    parts = abstract.vision, abstract.text.layers, abstract.text.norm
+    return Model(config, *[nnx.graphdef(part) for part in parts], remat)
+
+
+def param_shapes(config: QwenConfig) -> Params:
+    """Nested dictionary of `jax.ShapeDtypeStruct`, float32: what `load_params` will return."""
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0)))))
+
+
+def param_dims(config: QwenConfig) -> Params:
+    """Nested dictionary of dimension words, one tuple per parameter, of the same structure as the parameters."""
+    state = nnx.state(nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0))))
+    flat = nnx.to_flat_state(state)
+    return nnx.traversals.unflatten_mapping({path: variable.get_metadata()["dims"] for path, variable in flat})
+
+
+def init_params(config: QwenConfig, seed: int) -> Params:
+    """Random float32 parameters. Projections back into the residual stream are scaled down by sqrt(2 · layers)."""
+    params = nnx.to_pure_dict(nnx.state(jax.jit(lambda: Qwen25VL(config, nnx.Rngs(seed)))()))
+
+    def rescale(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if not name.endswith(("['output']", "['kernel']", "['patch_embedding']")):
+            return value
+        fan_in = value.shape[-2] if "['output']" not in name else value.shape[-3] * value.shape[-2]
+        if "['query']" in name or "['key']" in name or "['value']" in name:
+            fan_in = value.shape[-3]
+        depth = config.vision.depth if "['vision']" in name else config.layers
+        residual = "['output']" in name or "['down']" in name
+        return value / 0.02 * fan_in**-0.5 * ((2 * depth) ** -0.5 if residual else 1.0)
+
+    return jax.tree_util.tree_map_with_path(rescale, params)

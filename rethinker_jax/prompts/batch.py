@@ -1,0 +1,115 @@
+"""Prompts of one call, padded to a shape that few others differ from."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, bucket, pack_images
+from rethinker_jax.types import ImagePatches, Prompt
+
+__all__ = ["PromptBatch", "TextBatch", "bucket", "pack_prompts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBatch:
+    """Token sequences, padded on the right.
+
+    token_ids    int32 [batch, seq], `pad_id` behind the end.
+    positions    int32 [3, batch, seq], m-RoPE (time, height, width), 0 behind the end.
+    image_index  int32 [batch, seq], row of the merged table that replaces the token's embedding, -1 = keep that.
+    lengths      int32 [batch]; 0 for rows that only fill the batch.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    image_index: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [batch, seq]: is there a token."""
+        return np.arange(self.token_ids.shape[1]) < self.lengths[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """What prefill needs of a list of prompts.
+
+    next_positions  int32 [batch], the m-RoPE position of each row's first completion token, on all three axes.
+    vision          None where no prompt has an image; every image_index is -1 then.
+    """
+
+    text: TextBatch
+    vision: VisionBatch | None
+    next_positions: np.ndarray
+
+
+def unique_images(prompts: Sequence[Prompt]) -> tuple[list[ImagePatches], list[list[int]]]:
+    """(images, places): each image object once, and per prompt the places of its images in that list."""
+    images: list[ImagePatches] = []
+    place_of: dict[int, int] = {}  # by identity: comparing pixels would cost more than it finds
+    places = []
+    for prompt in prompts:
+        for image in prompt.images:
+            if id(image) not in place_of:
+                place_of[id(image)] = len(images)
+                images.append(image)
+        places.append([place_of[id(image)] for image in prompt.images])
+    return images, places
+
+
+def pack_prompts(
+    prompts: Sequence[Prompt],
+    geometry: VisionGeometry,
+    *,
+    pad_id: int = 0,
+    seq_minimum: int = 64,
+    batch_size: int | None = None,
+    vision_buckets: Sequence[tuple[int, int]] | None = None,
+    row_multiple: int = 1,
+    vision_minimum: tuple[int, int] = (1, 4),
+) -> PromptBatch:
+    """Pads prompts to one length, `bucket(longest, seq_minimum)`, and lays their images out; equal objects only once.
+
+    Rows keep their order; rows up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
+    Raises ValueError for no prompts, for more of them than `batch_size`, and for image tokens that no image fills.
+    """
+    rows = len(prompts) if batch_size is None else batch_size
+    if not prompts or len(prompts) > rows:
+        raise ValueError(f"pack_prompts wants 1 to {rows} prompts, got {len(prompts)}")
+    images, places = unique_images(prompts)
+    vision = None
+    if images:
+        vision = pack_images(images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum)
+
+    seq = bucket(max(len(prompt) for prompt in prompts), seq_minimum)
+    token_ids = np.full((rows, seq), pad_id, np.int32)
+    positions = np.zeros((3, rows, seq), np.int32)
+    image_index = np.full((rows, seq), -1, np.int32)
+    lengths = np.zeros(rows, np.int32)
+    next_positions = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        n = len(prompt)
+        token_ids[row, :n] = prompt.token_ids
+        positions[:, row, :n] = prompt.positions
+        lengths[row] = n
+        next_positions[row] = prompt.next_position
+        image_index[row, :n] = _table_rows(prompt, vision, places[row])
+    return PromptBatch(TextBatch(token_ids, positions, image_index, lengths), vision, next_positions)
+
+
+def _table_rows(prompt: Prompt, vision: VisionBatch | None, places: Sequence[int]) -> np.ndarray:
+    """int32 [seq]: the prompt's image_index, which counts its own merged tokens, as rows of the batch's table."""
+    is_image = prompt.image_index >= 0
+    tables = [vision.merged_index[place] for place in places] if vision is not None else []
+    table = np.concatenate([np.zeros(0, np.int32), *tables])
+    wanted = int(prompt.image_index.max(initial=-1)) + 1
+    if wanted != len(table) or int(is_image.sum()) != len(table):
+        raise ValueError(
+            f"problem {prompt.problem.id!r}: {int(is_image.sum())} image tokens, but its {len(prompt.images)} images "
+            f"have {len(table)} merged tokens"
+        )
+    rows = np.full(len(prompt), -1, np.int32)
+    rows[is_image] = table[prompt.image_index[is_image]]
+    return rows

@@ -1,0 +1,164 @@
+"""prompt → rollout → verify: n samples of every prompt, judged, with second looks where Forced Rethinking asks for them."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from rethinker_jax import rethink
+from rethinker_jax.config import Config
+from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
+from rethinker_jax.system import System
+from rethinker_jax.types import FIRST, TRIGGER, Completion, Prompt, Rollout, Verdict
+from rethinker_jax.verify.judge import JudgeItem
+from rethinker_jax.verify.pool import VerifierPool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The rollouts of one prompt; `problem` is the number of its dataset row."""
+
+    problem: int
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return np.array([rollout.reward for rollout in self.rollouts], np.float32)
+
+    @property
+    def first_rewards(self) -> np.ndarray:
+        return np.array([rollout.first_verdict.reward for rollout in self.rollouts], np.float32)
+
+
+def budgets_of(config: Config, triggers: Sequence[np.ndarray]) -> Budgets:
+    """How long completions of this config may be; the same at every step, so that one loop is compiled."""
+    first = config.sampling.max_new_tokens
+    if config.rethink.rule == "off":
+        return Budgets(first)
+    width = max(len(trigger) for trigger in triggers)
+    max_first = min(first, config.rethink.max_first_tokens)
+    return Budgets(first, config.rethink.max_new_tokens, max_first, width)
+
+
+def roll_out(
+    system: System,
+    params: Params,
+    prompts: Sequence[tuple[int, Prompt]],
+    config: Config,
+    pool: VerifierPool,
+    step: int,
+    *,
+    forced: bool,
+) -> tuple[list[Group], Counters]:
+    """Draw and judge `rollout.samples_per_prompt` samples of every (row number, prompt).
+
+    `params` are in the sampling layout. `forced` switches Forced Rethinking on, by the config's rule.
+    """
+    n, seed = config.rollout.samples_per_prompt, config.run.seed
+    triggers = [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]
+    budgets = budgets_of(config, triggers)
+    requests = [Request(prompt, sample) for _, prompt in prompts for sample in range(n)]
+    if forced and config.rethink.rule == "random":
+        requests = [_with_trigger(request, triggers, config, step) for request in requests]
+    drawn, counters = system.sampler.generate(
+        params, requests, config.sampling, budgets, seed=seed, step=step,
+        second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+    )  # fmt: skip
+    rollouts = judge(requests, drawn, pool)
+    if forced and config.rethink.rule == "paper":
+        rollouts = _second_pass(system, params, rollouts, triggers, config, pool, step)
+    groups = []
+    for place, (row, prompt) in enumerate(prompts):
+        kept = keep(rollouts[place * n : (place + 1) * n], config)
+        groups.append(Group(row, prompt, kept))
+    return groups, counters
+
+
+def judge(requests: Sequence[Request], drawn: Sequence[Drawn], pool: VerifierPool) -> list[Rollout]:
+    """Verdicts of every first response and, where a second look was forced, of the whole."""
+    firsts = [one.first or one.completion for one in drawn]
+    verdicts = pool.judge_many([_item(request.prompt, first) for request, first in zip(requests, firsts, strict=True)])
+    looked = [place for place, one in enumerate(drawn) if one.first is not None]
+    finals = pool.judge_many([_item(requests[place].prompt, drawn[place].completion) for place in looked])
+    second: dict[int, Verdict] = dict(zip(looked, finals, strict=True))
+    return [
+        Rollout(
+            request.prompt, request.sample, firsts[place], verdicts[place],
+            forced=drawn[place].completion if place in second else None, forced_verdict=second.get(place),
+        )
+        for place, request in enumerate(requests)
+    ]  # fmt: skip
+
+
+def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
+    """Mark the forced completions of one group that take their first response's place."""
+    marked: list[Rollout] = []
+    num_kept = 0
+    for rollout in rollouts:
+        if rollout.forced is not None and rollout.forced_verdict is not None:
+            kept = rethink.is_kept(config.rethink, rollout.forced, rollout.forced_verdict, num_kept)
+            num_kept += kept
+            rollout = dataclasses.replace(rollout, kept=kept)
+        marked.append(rollout)
+    return tuple(marked)
+
+
+def _item(prompt: Prompt, completion: Completion) -> JudgeItem:
+    problem = prompt.problem
+    return JudgeItem(completion.text, problem.answer, problem.choices, problem.type)
+
+
+def _with_trigger(request: Request, triggers: Sequence[np.ndarray], config: Config, step: int) -> Request:
+    rng = rethink.coin(config.run.seed, step, request.prompt.problem.stable_hash, request.sample)
+    number = rethink.choose_at_random(config.rethink, rng)
+    return request if number is None else dataclasses.replace(request, trigger_ids=triggers[number])
+
+
+def _second_pass(
+    system: System,
+    params: Params,
+    rollouts: list[Rollout],
+    triggers: Sequence[np.ndarray],
+    config: Config,
+    pool: VerifierPool,
+    step: int,
+) -> list[Rollout]:
+    """Rule `paper`: choose after the verdicts of the group, then go on from first response and trigger.
+
+    The first response is fed again token by token on its prompt's cache, which is prefilled once more. Reports nothing
+    of its cost yet.
+    """
+    n = config.rollout.samples_per_prompt
+    places: list[int] = []
+    requests: list[Request] = []
+    for place, rollout in enumerate(rollouts):
+        group = rollouts[place // n * n : place // n * n + n]
+        score = float(np.mean([one.first_verdict.correct for one in group]))
+        rng = rethink.coin(config.run.seed, step, rollout.prompt.problem.stable_hash, rollout.sample)
+        number = rethink.choose_by_verdict(config.rethink, rollout.first, rollout.first_verdict, score, rng)
+        if number is None:
+            continue
+        prefix = rollout.first.token_ids[:-1]  # without its end token
+        if rng.random() < config.rethink.truncate:
+            prefix = system.tokenizer.encode(rethink.cut_first_response(rollout.first.text))
+        ids = np.concatenate([prefix, triggers[number]]).astype(np.int32)
+        segments = np.repeat(np.array([FIRST, TRIGGER], np.int32), [len(prefix), len(triggers[number])])
+        places.append(place)
+        requests.append(Request(rollout.prompt, rollout.sample, prefix_ids=ids, prefix_segments=segments))
+    if not requests:
+        return rollouts
+    first = min(config.sampling.max_new_tokens, config.rethink.max_first_tokens)
+    budgets = Budgets(first, config.rethink.max_new_tokens, prefix_width=first + max(map(len, triggers)))
+    padded = requests + [requests[-1]] * (len(rollouts) - len(requests))  # one shape, whatever the number chosen
+    drawn, _ = system.sampler.generate(
+        params, padded, config.sampling, budgets, seed=config.run.seed, step=step,
+        second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+    )  # fmt: skip
+    drawn = drawn[: len(requests)]
+    verdicts = pool.judge_many([_item(rollouts[place].prompt, one.completion) for place, one in zip(places, drawn, strict=True)])
+    rollouts = list(rollouts)
+    for place, one, verdict in zip(places, drawn, verdicts, strict=True):
+        rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)
+    return rollouts

@@ -1,0 +1,152 @@
+"""The directory of a run: what lies where in it, and who may write there."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rethinker_jax.config import Config
+from rethinker_jax.config_file import load_config
+from rethinker_jax.errors import UserError
+from rethinker_jax.rollout import Group
+from rethinker_jax.types import SEGMENT_NAMES, Rollout
+
+# What may differ when a run goes on: its length and what it leaves behind, never what it computes.
+FREE_RUN_KEYS = {"dir", "num_steps", "save_every", "keep_checkpoints", "rollouts_every", "compilation_cache"}
+
+
+class RunDirectory:
+    """config.yaml, metrics.jsonl, rollouts/, evaluations/, checkpoints/, summary.json, report.html."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            (path / "rollouts" / "images").mkdir(parents=True, exist_ok=True)
+            (path / "evaluations").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: {path} cannot be written ({error.strerror}). Name a directory that can.") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory alone. The lock goes with the process, so a killed run leaves nothing stale."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"run.dir: another process is writing to {self.path}. Wait for it, or name another run.dir.") from error
+            yield
+
+    def check_config(self, config: Config) -> None:
+        """Refuse to go on with a run under another config. Only its length and logging may change."""
+        path = self.path / "config.yaml"
+        if not path.is_file() or not (self.path / "checkpoints").is_dir():
+            return
+        before, now = _comparable(load_config(path, [])), _comparable(config)
+        changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another config: {'; '.join(changed)}. Go on with the old values, or name another run.dir."
+            )
+
+    def read_summary(self) -> dict[str, Any]:
+        path = self.path / "summary.json"
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{path}: wanted JSON ({error}). Remove the file; the run will write it again.") from error
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_whole(self.path / "summary.json", json.dumps(summary, indent=2, default=float) + "\n")
+
+    def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
+        self._write_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl", step, groups)
+
+    def write_evaluation(self, when: str, groups: Sequence[Group]) -> None:
+        self._write_groups(self.path / "evaluations" / f"{when}.jsonl", None, groups)
+
+    def _write_groups(self, path: Path, step: int | None, groups: Sequence[Group]) -> None:
+        lines = [json.dumps(self._group(step, group), ensure_ascii=False) for group in groups]
+        write_whole(path, "".join(line + "\n" for line in lines))
+
+    def _group(self, step: int | None, group: Group) -> dict[str, Any]:
+        problem = group.prompt.problem
+        return {
+            "step": step,
+            "problem": {
+                "id": problem.id,
+                "question": problem.question,
+                "answer": problem.answer,
+                "choices": list(problem.choices),
+                "type": problem.type,
+                "source": problem.source,
+            },
+            "images": [self._image(image) for image in problem.images],
+            "samples": [_sample(rollout) for rollout in group.rollouts],
+        }
+
+    def _image(self, image: bytes | str) -> str:
+        """Keep an image once, under the hash of its bytes; returns its file name."""
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        kind = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpg", b"RIFF": "webp", b"GIF8": "gif"}.get(data[:4], "jpg")
+        name = f"{hashlib.sha256(data).hexdigest()}.{kind}"
+        path = self.path / "rollouts" / "images" / name
+        if not path.is_file():
+            temporary = path.with_suffix(".part")
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        return name
+
+
+def _sample(rollout: Rollout) -> dict[str, Any]:
+    shown = rollout.forced or rollout.first
+    verdict = rollout.forced_verdict or rollout.first_verdict
+    return {
+        "sample": rollout.sample,
+        "segments": [{"kind": SEGMENT_NAMES[number], "text": text} for number, text in shown.parts],
+        "verdict": verdict.verdict,
+        "first_verdict": rollout.first_verdict.verdict,
+        "reward": verdict.reward,
+        "extracted": verdict.extracted,
+        "rule": verdict.rule,
+        "advantage": rollout.advantage,
+        "num_tokens": len(shown),
+        "finish_reason": shown.finish_reason,
+        "forced": rollout.forced is not None,
+        "kept": rollout.kept,
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it there, so that no reader sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    flat = {f"{section}.{key}": value for section, values in dataclasses.asdict(config).items() for key, value in values.items()}
+    return {key: value for key, value in flat.items() if key.removeprefix("run.") not in FREE_RUN_KEYS or not key.startswith("run.")}
+
+
+def versions() -> dict[str, Any]:
+    """Commit and versions, for summary and manifest. The commit is that of the code, where it lies in a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    names = ("rethinker_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"commit": commit, "versions": found | {"python": platform.python_version()}}

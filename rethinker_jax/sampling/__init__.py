@@ -1,0 +1,1 @@
+"""The sampling loop: prefill each prompt once, decode in slots, choose tokens."""

@@ -1,0 +1,94 @@
+"""Token choice: from logits and one uniform number a row to a token, without sorting the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+BLOCK = 512  # of the two-level inverse CDF: float32 sums stay short, and no 150k-long prefix sum is made
+
+
+def request_keys(
+    seed: int, step: int, problem_hash: Int[Array, " requests"], sample: Int[Array, " requests"]
+) -> UInt32[Array, "requests 2"]:
+    """Raw threefry keys, one a request: randomness is named by (seed, step, problem, sample) and nothing else."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    fold = jax.vmap(lambda problem, number: jax.random.fold_in(jax.random.fold_in(base, problem), number))
+    return jax.random.key_data(fold(problem_hash, sample))
+
+
+def uniforms(
+    keys: UInt32[Array, "slots 2"], segment: Int[Array, " slots"], position: Int[Array, " slots"]
+) -> Float[Array, " slots"]:
+    """One number in [0, 1) a slot, a function of its request's key, the segment, and the position in the completion."""
+
+    def one(key: jax.Array, segment: jax.Array, position: jax.Array) -> jax.Array:
+        named = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), segment), position)
+        return jax.random.uniform(named)
+
+    return jax.vmap(one)(keys, segment, position)
+
+
+def choose_tokens(
+    logits: Float[Array, "slots vocab"],
+    uniform: Float[Array, " slots"],
+    allowed: Bool[Array, " vocab"],
+    temperature: Float[Array, " slots"],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    min_p: Float[Array, ""],
+) -> Int[Array, " slots"]:
+    """Draw a token a row; temperature 0 takes the most probable allowed one.
+
+    The order is temperature, top-k, top-p, min-p, as in transformers. top_k 0, top_p 1 and min_p 0 switch them off; ties at
+    a threshold are all kept.
+    """
+    masked = jnp.where(allowed, logits, -jnp.inf)
+    greedy = jnp.argmax(masked, axis=-1)
+    scaled = masked / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    probs = jax.nn.softmax(scaled, axis=-1)
+    truncating = (top_k > 0) | (top_p < 1.0) | (min_p > 0)
+    probs = jax.lax.cond(truncating, lambda p: _truncate(p, top_k, top_p, min_p), lambda p: p, probs)
+    return jnp.where(temperature > 0, _inverse_cdf(probs, uniform), greedy)
+
+
+def _inverse_cdf(probs: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:
+    """First token at which the running sum exceeds uniform · total: over blocks first, then inside one block.
+
+    A token of probability zero is never returned: the running sum does not rise there.
+    """
+    slots, vocab = probs.shape
+    num_blocks = -(-vocab // BLOCK)
+    blocks = jnp.pad(probs, ((0, 0), (0, num_blocks * BLOCK - vocab))).reshape(slots, num_blocks, BLOCK)
+    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    # Rounding may put the target a hair above the last end; the last block with mass takes it then.
+    target = jnp.minimum(uniform * ends[:, -1], jnp.nextafter(ends[:, -1], jnp.zeros_like(uniform)))
+    block = jnp.sum(ends <= target[:, None], axis=-1)
+    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
+    rest = jnp.minimum(target - before, jnp.nextafter(inside[:, -1], jnp.zeros_like(uniform)))
+    return block * BLOCK + jnp.sum(inside <= rest[:, None], axis=-1)
+
+
+def _truncate(probs: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)  # order of non-negative floats is the order of their bits
+    by_k = _largest_threshold(bits, lambda keep: keep.sum(axis=-1) >= top_k)
+    probs = jnp.where((top_k > 0) & (bits < by_k[:, None]), 0.0, probs)
+    total = probs.sum(axis=-1)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+    by_p = _largest_threshold(bits, lambda keep: jnp.where(keep, probs, 0.0).sum(axis=-1) >= top_p * total)
+    probs = jnp.where((top_p < 1.0) & (bits < by_p[:, None]), 0.0, probs)
+    return jnp.where(probs < min_p * probs.max(axis=-1, keepdims=True), 0.0, probs)
+
+
+def _largest_threshold(bits: jax.Array, enough: "jax.tree_util.Partial | object") -> jax.Array:
+    """Largest threshold per row at which `enough(bits >= threshold)` holds, by bisection over 31 bits."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low) // 2
+        good = enough(bits >= middle[:, None])  # type: ignore[operator]
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    low = jnp.zeros(bits.shape[0], jnp.int32)
+    high = jnp.full(bits.shape[0], 0x7F800000, jnp.int32)
+    return jax.lax.fori_loop(0, 31, halve, (low, high))[0]

@@ -1,0 +1,63 @@
+"""The numbers of one training step, from its rollouts and its batches. Names are explained in docs/metrics.md."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rethinker_jax import rethink
+from rethinker_jax.replay import Experience, Selection
+from rethinker_jax.rollout import Group
+from rethinker_jax.sampling.sampler import Counters
+
+
+def share(values: Sequence[Any]) -> float:
+    """Mean, or NaN where there is nothing to average."""
+    return float(np.mean(np.asarray(values, np.float64))) if len(values) else float("nan")
+
+
+def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters) -> dict[str, float]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    forced = [one for one in rollouts if one.forced_verdict is not None]
+    repaired = [one.forced_verdict is not None and one.forced_verdict.correct for one in forced]
+    verdicts = [one.first_verdict.verdict for one in rollouts]
+    zero = [all(abs(one.advantage) <= epsilon for one in group.rollouts) for group in groups]
+    return {
+        "reward": share([one.reward for one in rollouts]),
+        "accuracy": share([one.first_verdict.correct for one in rollouts]),
+        "zero_advantage_share": share(zero),
+        "all_correct_share": share([all(one.first_verdict.correct for one in group.rollouts) for group in groups]),
+        "advantage_abs_mean": share([abs(one.advantage) for one in rollouts]),
+        "completion_length": share([len(one.completion) for one in rollouts]),
+        "completion_length_correct": share([len(one.completion) for one in rollouts if one.verdict.correct]),
+        "completion_length_wrong": share([len(one.completion) for one in rollouts if not one.verdict.correct]),
+        "truncated_share": share([one.first.finish_reason == "length" for one in rollouts]),
+        "rethink_ratio": share([rethink.rethinks(one.first.text) for one in rollouts]),
+        "forced_share": share([one.forced is not None for one in rollouts]),
+        "kept_share": share([one.kept for one in forced]),
+        "forced_first_accuracy": share([one.first_verdict.correct for one in forced]),
+        "forced_final_accuracy": share(repaired),
+        "wrong_to_right": share([right for one, right in zip(forced, repaired, strict=True) if not one.first_verdict.correct]),
+        "right_to_wrong": share([not right for one, right in zip(forced, repaired, strict=True) if one.first_verdict.correct]),
+        "no_answer_share": share([verdict == "no_answer" for verdict in verdicts]),
+        "verifier_failed_share": share([verdict in ("timeout", "crash", "bad_gold") for verdict in verdicts]),
+        "slot_utilisation": counters.busy_steps / max(counters.slot_steps, 1),
+        "images_encoded": counters.images,
+        "prompts_prefilled": counters.prompts,
+    }
+
+
+def batch_metrics(
+    raw: Sequence[Experience], chosen: Selection, epsilon: float, update: int, sums: Mapping[str, Any]
+) -> dict[str, float]:
+    """`effective_share`: of the rows of the batch (as many as were drawn), those with an advantage."""
+    rows = (*chosen.fresh, *chosen.replayed)
+    effective = sum(abs(row.advantage) > epsilon for row in rows)
+    ages = [update - row.update for row in chosen.replayed]
+    return {
+        "effective_share": effective / len(raw),
+        "fresh_effective_share": share([abs(row.advantage) > epsilon for row in raw]),
+        "replay_share": len(chosen.replayed) / len(raw),
+        "replay_age": share(ages) if ages else 0.0,
+        "forced_in_batch_share": share([row.nll_mask.any() for row in rows]),
+    } | {name: float(value) for name, value in sums.items()}

@@ -1,0 +1,99 @@
+"""What every command needs of a model directory, loaded once: model, weights on the mesh, tokenizer, prompts, sampler."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rethinker_jax.config import Config, LossConfig
+from rethinker_jax.errors import UserError
+from rethinker_jax.models.precision import resolve_dtype
+from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
+from rethinker_jax.models.qwen_config import QwenConfig, read_config
+from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings
+from rethinker_jax.models.weights import load_params
+from rethinker_jax.prompts.build import PromptBuilder
+from rethinker_jax.prompts.images import ImageSettings
+from rethinker_jax.prompts.template import ChatTokenizer
+from rethinker_jax.prompts.windows import VisionGeometry
+from rethinker_jax.sampling.prefill import sampling_layout
+from rethinker_jax.sampling.sampler import Sampler
+from rethinker_jax.training.optimizer import make_optimizer
+from rethinker_jax.training.update import Updater, UpdateRule
+
+EXAMPLE_MODEL = Path(__file__).parent / "example" / "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A loaded model. `params` are float32 in the training layout; `dtype` is that of computation."""
+
+    directory: Path
+    mesh: Mesh
+    model: Model
+    params: Params
+    dtype: Any
+    tokenizer: ChatTokenizer
+    geometry: VisionGeometry
+    builder: PromptBuilder
+    sampler: Sampler
+
+    def sampling_params(self, params: Params) -> Params:
+        """Cast and reshard training parameters for the sampler."""
+        return sampling_layout(self.model, params, self.mesh, self.dtype)
+
+
+def model_directory(path: str) -> Path:
+    """Where `model.path` points: the package's example, or a directory."""
+    directory = EXAMPLE_MODEL if path == "example" else Path(path).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"model.path: wanted a Hugging Face model directory or 'example', came {path!r}, which is not a directory.")
+    return directory
+
+
+def load_system(config: Config) -> System:
+    """Load what `config.model`, `config.mesh` and `config.data` name. Raises UserError for anything unusable."""
+    directory = model_directory(config.model.path)
+    qwen = read_config(directory)
+    tokenizer = ChatTokenizer(directory)
+    never = np.array(tokenizer.never_sampled_ids(qwen.vocab), np.int32)
+    vision = qwen.vision
+    geometry = VisionGeometry(vision.patch_size, vision.merge_size, vision.window_size)
+    images = ImageSettings.from_directory(directory, config.data.min_pixels, config.data.max_pixels)
+    builder = PromptBuilder(
+        tokenizer, images, geometry, config.data.prompt_template, max_prompt_tokens=config.data.max_prompt_tokens,
+        cache_size=4096,
+    )  # fmt: skip
+    dtype = resolve_dtype(config.model.dtype, qwen.dtype)
+    mesh = make_mesh(config.mesh)
+    qwen, params = _weights(config, directory, qwen, mesh)
+    model = define_model(qwen, remat=config.model.remat == "full")
+    sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never)
+    return System(directory, mesh, model, params, dtype, tokenizer, geometry, builder, sampler)
+
+
+def make_updater(config: Config, system: System, num_updates: int, loss: LossConfig) -> Updater:
+    """The jitted optimizer step of a config for a loaded system."""
+    optimizer = make_optimizer(config.optimizer, num_updates, system.params, config.model.freeze)
+    rule = UpdateRule(system.model, optimizer, loss, system.dtype, config.model.freeze)
+    return Updater(rule, system.params, system.mesh)
+
+
+def training_shardings(config: QwenConfig, mesh: Mesh) -> Params:
+    return param_shardings(param_dims(config), param_shapes(config), mesh, TRAINING_RULES)
+
+
+def _weights(config: Config, directory: Path, qwen: QwenConfig, mesh: Mesh) -> tuple[QwenConfig, Params]:
+    shardings = training_shardings(qwen, mesh)
+    if config.model.init == "random":
+        return qwen, jax.device_put(init_params(qwen, config.run.seed), shardings)
+    untied = dataclasses.replace(qwen, tied=False)
+    found, params = load_params(directory, qwen, jnp.float32, training_shardings(untied, mesh))
+    if found != qwen:
+        warnings.warn(f"{directory}: config.json ties the embeddings, but lm_head.weight differs; using it untied.", stacklevel=2)
+    return found, params

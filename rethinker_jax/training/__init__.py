@@ -1,0 +1,1 @@
+"""The update: batches, log-probs, losses, optimizer, one jitted step, checkpoints."""

@@ -1,0 +1,108 @@
+"""From rows to the arrays of one optimizer step: static shapes, right-padded, every image encoded once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import jax
+import numpy as np
+
+from rethinker_jax.prompts.batch import TextBatch
+from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, pack_images
+from rethinker_jax.types import ImagePatches, Prompt
+
+SEQ_STEP = 32  # row lengths are rounded up to multiples of this, so that few shapes are compiled
+COMPLETION_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRow:
+    """A prompt, a completion, and what is learned from it. Arrays are [length], as long as the completion.
+
+    loss_mask: tokens of the policy gradient; nll_mask: tokens of the supervised loss.
+    `fresh` rows were drawn by the current policy (not replayed), so their old log-probs can be checked against ours.
+    """
+
+    prompt: Prompt
+    completion_ids: np.ndarray
+    loss_mask: np.ndarray
+    nll_mask: np.ndarray
+    old_log_probs: np.ndarray
+    advantage: float = 0.0
+    fresh: bool = True
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Arrays of one optimizer step. `text` rows are prompt + completion; completion arrays are [rows, length].
+
+    state_index[r, t] is the position in row r whose hidden state predicts completion token t.
+    """
+
+    text: TextBatch
+    vision: VisionBatch | None
+    state_index: Any
+    completion_ids: Any
+    completion_mask: Any
+    loss_mask: Any
+    nll_mask: Any
+    old_log_probs: Any
+    advantages: Any
+    fresh: Any
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-max(number, 1) // step) * step
+
+
+def pack_rows(rows: Sequence[TrainRow], geometry: VisionGeometry, completion_length: int, num_rows: int) -> TrainBatch:
+    """Lay out `rows` for the update, padded with empty rows to `num_rows`.
+
+    `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its encoding.
+    """
+    length = round_up(completion_length, COMPLETION_STEP)
+    seq = round_up(max(len(row.prompt) + len(row.completion_ids) for row in rows), SEQ_STEP)
+    images: dict[int, ImagePatches] = {id(image): image for row in rows for image in row.prompt.images}
+    # Half a row an image is the usual need; a common minimum keeps the number of compiled shapes small.
+    vision = pack_images(list(images.values()), geometry, minimum=(max(1, num_rows // 2), 4)) if images else None
+    order = {key: number for number, key in enumerate(images)}
+    text = TextBatch(
+        token_ids=np.zeros((num_rows, seq), np.int32),
+        positions=np.zeros((3, num_rows, seq), np.int32),
+        image_index=np.full((num_rows, seq), -1, np.int32),
+        lengths=np.ones(num_rows, np.int32),
+    )
+    arrays = {
+        "state_index": np.zeros((num_rows, length), np.int32),
+        "completion_ids": np.zeros((num_rows, length), np.int32),
+        "completion_mask": np.zeros((num_rows, length), bool),
+        "loss_mask": np.zeros((num_rows, length), bool),
+        "nll_mask": np.zeros((num_rows, length), bool),
+        "old_log_probs": np.zeros((num_rows, length), np.float32),
+        "advantages": np.zeros(num_rows, np.float32),
+        "fresh": np.zeros(num_rows, bool),
+    }
+    for r, row in enumerate(rows):
+        start, count = len(row.prompt), len(row.completion_ids)
+        text.token_ids[r, :start] = row.prompt.token_ids
+        text.token_ids[r, start : start + count] = row.completion_ids
+        text.positions[:, r, :start] = row.prompt.positions
+        text.positions[:, r, start : start + count] = row.prompt.next_position + np.arange(count)
+        text.lengths[r] = start + count
+        if vision is not None and row.prompt.images:
+            table = np.concatenate([vision.merged_index[order[id(image)]] for image in row.prompt.images])
+            places = row.prompt.image_index >= 0
+            text.image_index[r, :start][places] = table[row.prompt.image_index[places]]
+        arrays["state_index"][r, :count] = np.arange(start - 1, start + count - 1)
+        arrays["completion_ids"][r, :count] = row.completion_ids
+        arrays["completion_mask"][r, :count] = True
+        arrays["loss_mask"][r, :count] = row.loss_mask
+        arrays["nll_mask"][r, :count] = row.nll_mask
+        arrays["old_log_probs"][r, :count] = row.old_log_probs
+        arrays["advantages"][r] = row.advantage
+        arrays["fresh"][r] = row.fresh
+    if vision is not None:
+        vision = dataclasses.replace(vision, merged_index=())  # host only: its shapes vary
+    return TrainBatch(text=text, vision=vision, **arrays)

@@ -1,0 +1,76 @@
+"""Checkpoints by orbax: everything a run needs to go on, written at once or not at all."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rethinker_jax.errors import UserError
+from rethinker_jax.training.update import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: the state of the optimizer, host arrays (the replay buffer), and JSON (counters)."""
+
+    state: TrainState
+    arrays: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory, newest `keep` of them. Writing is asynchronous; `close` waits for it."""
+
+    def __init__(self, directory: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self.directory = directory
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, saved: Saved) -> None:
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_as_dict(saved.state)),
+            arrays=ocp.args.StandardSave(saved.arrays),
+            meta=ocp.args.JsonSave(saved.meta),
+        )
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, like: TrainState, mesh: Mesh, step: int | None = None) -> Saved:
+        """Read the newest checkpoint, or that of `step`, placed as `like` is. Raises UserError if it does not fit."""
+        step = self._manager.latest_step() if step is None else step
+        whole = NamedSharding(mesh, PartitionSpec())
+
+        def target(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else whole
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(target, _as_dict(like))),
+            arrays=ocp.args.StandardRestore(),
+            meta=ocp.args.JsonRestore(),
+        )
+        try:
+            found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"{self.directory}/{step}: the checkpoint does not fit this config or is damaged ({error}). "
+                "Start with the config of the run, or name another run.dir."
+            ) from error
+        return Saved(TrainState(**found.state), {name: np.asarray(value) for name, value in found.arrays.items()}, found.meta)
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

@@ -1,0 +1,113 @@
+"""Size guards: what is refused by its looks, before any algebra sees it. The same text always gets the same answer.
+
+A computer algebra system evaluates what it is given; `9^{9^{9^9}}` or a sum to a billion never ends. The bounds are far
+above what an answer to a problem needs, and a text that breaks one can still be right by being the gold's very text.
+"""
+
+import re
+
+MAX_CHARS = 512  # of one value: a number, an expression, an equation
+MAX_LIST_CHARS = 4000  # of a list of values, or of text
+MAX_TEXT_CHARS = 20_000  # of any answer or gold at all (lists of boxes are long)
+MAX_NESTING = 24
+MAX_DIGITS = 40  # of one number
+MAX_EXPONENT = 400  # of a number with a number as its base
+MAX_SYMBOLIC_EXPONENT = 40
+MAX_FACTORIAL = 40
+MAX_OPERATORS = 120
+MAX_ITEMS = 64  # of a set, tuple or matrix
+
+_FORBIDDEN = re.compile(
+    r"\\(?:sum|prod|coprod|i*int|oint|lim|limsup|liminf|bigcup|bigcap|Gamma|zeta|det|gcd|lcm|max|min|sup|inf|forall|exists|"
+    r"input|include|write|def|let|newcommand|csname|catcode)(?![a-zA-Z])"
+)
+_DIGITS = re.compile(rf"\d[\d,.]{{{MAX_DIGITS},}}")
+_FACTORIAL = re.compile(r"(\S?)\s*!")
+_NUMBER_FACTORIAL = re.compile(r"(\d+)\s*!")
+_BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
+_OPERATOR = re.compile(r"[-+*/^=<>&]|\\(?:cdot|times|div|frac|sqrt|pm|cup|cap)")
+_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
+
+
+def refusal(text: str) -> str | None:
+    """The name of the guard that keeps `text` away from algebra, or None when it may pass."""
+    if len(text) > MAX_CHARS:
+        return "length"
+    if _nesting(text) > MAX_NESTING:
+        return "nesting"
+    if _DIGITS.search(text):
+        return "digits"
+    if len(_OPERATOR.findall(text)) > MAX_OPERATORS:
+        return "operators"
+    if _FORBIDDEN.search(text):
+        return "operation"
+    if any(not c.isprintable() for c in text):
+        return "characters"
+    return _factorial(text) or _powers(text)
+
+
+def _nesting(text: str) -> int:
+    depth = deepest = 0
+    for c in text:
+        if c in "{([":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif c in "})]":
+            depth -= 1
+    return deepest
+
+
+def _factorial(text: str) -> str | None:
+    if any(int(n) > 4 * MAX_FACTORIAL for n in _BINOMIAL.findall(text)):
+        return "binomial"
+    if "!" not in text:
+        return None
+    if any(not before.isdigit() for before in _FACTORIAL.findall(text)):
+        return "factorial"  # of a group, of a factorial, of a letter
+    return "factorial" if any(int(n) > MAX_FACTORIAL for n in _NUMBER_FACTORIAL.findall(text)) else None
+
+
+def _powers(text: str) -> str | None:
+    """Refuses towers of numbers and exponents that are large for what they stand on."""
+    for match in re.finditer(r"\^", text):
+        exponent = _argument(text, match.end())
+        numbers = [abs(int(n)) for n in re.findall(r"\d+", exponent)]
+        largest = max(numbers, default=0)
+        if "^" in exponent and (not _LETTER.search(exponent) or largest > 3):
+            return "tower"
+        if "!" in exponent:
+            return "tower"
+        symbolic = bool(_LETTER.search(text[: match.start()])) or text[: match.start()].rstrip().endswith(
+            (")", "}", "]")
+        )
+        if largest > (MAX_SYMBOLIC_EXPONENT if symbolic else MAX_EXPONENT):
+            return "exponent"
+        before = re.search(r"(\d+)\s*$", text[: match.start()])
+        if before and len(before.group(1)) * largest > 2 * MAX_EXPONENT:
+            return "exponent"
+    return None
+
+
+def _argument(text: str, start: int) -> str:
+    """What follows a `^`: a group with its balanced braces, a chain of further powers, or one token."""
+    end = start
+    while end < len(text):
+        while end < len(text) and text[end] == " ":
+            end += 1
+        if end < len(text) and text[end] in "{(":
+            close = {"{": "}", "(": ")"}[text[end]]
+            depth = 0
+            opened = text[end]
+            while end < len(text):
+                depth += (text[end] == opened) - (text[end] == close)
+                end += 1
+                if depth == 0:
+                    break
+        else:
+            token = re.compile(r"\s*[-+]?(?:\d+(?:\.\d+)?|\\[a-zA-Z]+|.)?").match(text, end)
+            end = token.end() if token and token.end() > end else end + 1
+        power = re.match(r"\s*\^", text[end:])
+        if power is None:
+            break
+        end += power.end()
+    return text[start:end]

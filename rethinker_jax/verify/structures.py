@@ -1,0 +1,284 @@
+r"""Answers with parts: sets, lists, tuples, intervals, inequalities, matrices.
+
+`( )` is ordered, `{ }` and bare comma lists are not. `(1, 2)` may be a point or an open interval and is read as what
+the other side is. Parts are compared by the function that the caller hands in.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+from rethinker_jax.verify.guards import MAX_ITEMS
+from rethinker_jax.verify.normalize import closes_at_end, plain, split_name
+
+Same = Callable[[str, str], bool]
+_JOIN = re.compile(
+    r"\s*(?:\\text\{\s*(and|or)\s*\}|(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-zA-Z]))\s*",
+    re.IGNORECASE,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """`shape` is `set`, `tuple`, `list` (bare commas), `bracket` or `half` (half-open); `closed` = (left, right)."""
+
+    shape: str
+    items: tuple[str, ...]
+    closed: tuple[bool, bool] = (False, False)
+
+
+def split_top(text: str, separators: str = ",;") -> list[str]:
+    """Splits at separators outside every bracket; a LaTeX `\\{` is a bracket too."""
+    items, depth, start = [], 0, 0
+    for index, c in enumerate(text):
+        if c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c in separators and depth <= 0:
+            items.append(text[start:index].strip())
+            start = index + 1
+    items.append(text[start:].strip())
+    return items
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a bare list: commas, semicolons, `and`, `or`; `\\pm` gives two."""
+    if len(text) > 20_000:
+        return [text]
+    joined = _JOIN.sub(" ; ", text)
+    items = [item for item in split_top(joined, ",;" if not _one_thousands(joined) else ";") if item]
+    if any(r"\pm" in item or r"\mp" in item for item in items):
+        items = [signed for item in items for signed in _both_signs(item)]
+    return items[: MAX_ITEMS + 1]
+
+
+def _one_thousands(text: str) -> bool:
+    return bool(re.fullmatch(r"[^,]*(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)[^,]*", text))
+
+
+def _both_signs(item: str) -> list[str]:
+    if r"\pm" not in item:
+        return [item]
+    return [item.replace(r"\pm", "+" if item.split(r"\pm")[0].strip() else "", 1), item.replace(r"\pm", "-", 1)]
+
+
+def parse_parts(text: str) -> Parts | None:
+    """The structure that is the whole of a cleaned text, or None for a scalar."""
+    text = text.strip()
+    if text.startswith(r"\{") and text.endswith(r"\}") and r"\{" not in text[2:-2]:
+        return Parts("set", tuple(split_list(text[2:-2])))
+    if len(text) >= 2 and text[0] in "([" and text[-1] in ")]" and _one_bracket(text):
+        items = tuple(split_top(text[1:-1], ",;"))
+        if len(items) >= 2:
+            if text[0] == "(" and text[-1] == ")":
+                return Parts("tuple", items)
+            if text[0] == "[" and text[-1] == "]":
+                return Parts("bracket", items, (True, True))
+            return Parts("half", items, (text[0] == "[", text[-1] == "]"))
+        return None
+    items = tuple(split_list(text))
+    return Parts("list", items) if len(items) > 1 else None
+
+
+def _one_bracket(text: str) -> bool:
+    return closes_at_end(text)
+
+
+def same_parts(gold: Parts, answer: Parts, same: Same) -> bool:
+    if len(gold.items) != len(answer.items):
+        left, right = _distinct(gold, same), _distinct(answer, same)
+        if left is None or right is None or len(left) != len(right):
+            return False
+        return _unordered(left, right, same)
+    if len(gold.items) > MAX_ITEMS:
+        return False
+    shapes = {gold.shape, answer.shape}
+    if "half" in shapes:
+        return shapes == {"half"} and gold.closed == answer.closed and _ordered(gold.items, answer.items, same)
+    if shapes in ({"set", "tuple"}, {"set", "bracket"}) or (shapes == {"tuple", "bracket"} and len(gold.items) == 2):
+        return False
+    if gold.shape == "list" and answer.shape == "list" and _named(gold.items) and _named(answer.items):
+        return _by_name(gold.items, answer.items, same)
+    if gold.shape == "tuple" or answer.shape == "tuple" or gold.shape == "bracket":
+        return _ordered(_in_name_order(gold), _in_name_order(answer), same)
+    if _named(gold.items) != _named(answer.items):
+        return _ordered(_in_name_order(gold), _in_name_order(answer), same)
+    return _unordered(gold.items, answer.items, same)
+
+
+def _distinct(parts: Parts, same: Same) -> list[str] | None:
+    """Without repetitions, for sets and lists (`{2, 2}` is `{2}`); None for ordered structures."""
+    if parts.shape not in ("set", "list") or len(parts.items) > 12:
+        return None
+    kept: list[str] = []
+    for item in parts.items:
+        if not any(same(other, item) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _names(items: Sequence[str]) -> list[str]:
+    return [re.sub(r"\s+", "", split_name(item)[0]) for item in items]
+
+
+def _named(items: Sequence[str]) -> bool:
+    """Does every item carry a name, all different (`x = 1, y = 2`)?"""
+    names = _names(items)
+    return all(names) and len(set(names)) == len(names)
+
+
+def _in_name_order(parts: Parts) -> tuple[str, ...]:
+    if parts.shape == "list" and _named(parts.items):
+        return tuple(split_name(item)[1] for item in sorted(parts.items, key=lambda item: split_name(item)[0]))
+    return parts.items
+
+
+def _by_name(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
+    values = dict(zip(_names(answer), answer, strict=True))
+    return all(name in values and same(item, values[name]) for name, item in zip(_names(gold), gold, strict=True))
+
+
+def _ordered(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
+    return all(same(g, a) for g, a in zip(gold, answer, strict=True))
+
+
+def _unordered(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
+    """Greedy is exact here: being the same is an equivalence."""
+    left = list(answer)
+    for item in gold:
+        match = next((i for i, other in enumerate(left) if same(item, other)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return not left
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    low: str
+    low_closed: bool
+    high: str
+    high_closed: bool
+
+
+_INF = r"\infty"
+_RELATION = re.compile(r"\s*(\\leq?(?![a-zA-Z])|\\geq?(?![a-zA-Z])|\\lt(?![a-zA-Z])|\\gt(?![a-zA-Z])|<=|>=|<|>)\s*")
+_VARIABLE = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-z]\([a-z]\)")
+_OPERATORS = {r"\le": "<=", r"\leq": "<=", r"\ge": ">=", r"\geq": ">=", r"\lt": "<", r"\gt": ">"}
+_UNION = re.compile(
+    r"\s*(?:\\cup(?![a-zA-Z])|(?<=[\])])\s*U\s*(?=[\[(])|\\text\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\(?:lor|vee)(?![a-zA-Z]))\s*"
+)
+
+
+def parse_intervals(text: str) -> tuple[Interval, ...] | None:
+    r"""The union that a text writes as `[0, 1) \cup (2, \infty)`, `0 \le x < 1`, `x > 3 or x < 1`; None otherwise."""
+    text = re.sub(r"^\\?[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text.strip())
+    if len(text) > 400:
+        return None
+    if plain(text).lower() in (r"\mathbb{r}", "all real numbers", "all reals", "r", r"\mathbb r"):
+        return (Interval("-" + _INF, False, _INF, False),)
+    pieces = [_interval(piece) for piece in _UNION.split(text)]
+    return tuple(p for p in pieces if p) if pieces and all(pieces) else None
+
+
+def _interval(text: str) -> Interval | None:
+    text = text.strip()
+    parts = parse_parts(text)
+    if parts and parts.shape in ("tuple", "bracket", "half") and len(parts.items) == 2:
+        left, right = (True, True) if parts.shape == "bracket" else parts.closed
+        return Interval(_endpoint(parts.items[0]), left, _endpoint(parts.items[1]), right)
+    words = _RELATION.split(text)
+    if len(words) not in (3, 5):
+        return None
+    sides, operators = words[0::2], [_OPERATORS.get(word, word) for word in words[1::2]]
+    if len(sides) == 3:
+        if not _VARIABLE.fullmatch(sides[1].strip()) or operators[0][0] != operators[1][0]:
+            return None
+        low, high = (sides[0], sides[2]) if operators[0][0] == "<" else (sides[2], sides[0])
+        closed = [len(o) == 2 for o in (operators if operators[0][0] == "<" else operators[::-1])]
+        return Interval(_endpoint(low), closed[0], _endpoint(high), closed[1])
+    left, right = (side.strip() for side in sides)
+    if _VARIABLE.fullmatch(left) and not _VARIABLE.fullmatch(right):
+        upper = operators[0][0] == "<"
+        bound = right
+    elif _VARIABLE.fullmatch(right) and not _VARIABLE.fullmatch(left):
+        upper = operators[0][0] == ">"
+        bound = left
+    else:
+        return None
+    closed_here = len(operators[0]) == 2
+    return (
+        Interval("-" + _INF, False, _endpoint(bound), closed_here)
+        if upper
+        else Interval(_endpoint(bound), closed_here, _INF, False)
+    )
+
+
+def _endpoint(text: str) -> str:
+    text = text.strip()
+    return re.sub(
+        r"^([+-]?)\s*(?:\\infty|infinity|inf|oo)\b", lambda m: ("-" if m.group(1) == "-" else "") + _INF, text
+    )
+
+
+def variable_of(text: str) -> str:
+    """The variable that an inequality bounds ("" for interval notation)."""
+    for piece in _RELATION.split(text)[0::2]:
+        if _VARIABLE.fullmatch(piece.strip()):
+            return piece.strip()
+    return ""
+
+
+def same_intervals(gold: Sequence[Interval], answer: Sequence[Interval], same: Same) -> bool:
+    if len(gold) != len(answer) or len(gold) > MAX_ITEMS:
+        return False
+    left = list(answer)
+    for interval in gold:
+        match = next((i for i, other in enumerate(left) if _same_interval(interval, other, same)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
+
+
+def _same_interval(gold: Interval, answer: Interval, same: Same) -> bool:
+    def bound(g: str, g_closed: bool, a: str, a_closed: bool) -> bool:
+        if g.endswith(_INF) or a.endswith(_INF):
+            return g == a  # closed at infinity says nothing
+        return g_closed == a_closed and same(g, a)
+
+    return bound(gold.low, gold.low_closed, answer.low, answer.low_closed) and bound(
+        gold.high, gold.high_closed, answer.high, answer.high_closed
+    )
+
+
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
+
+
+def parse_matrix(text: str) -> tuple[tuple[str, ...], ...] | None:
+    r"""The rows of `\begin{pmatrix}...\end{pmatrix}` or `[[1, 2], [3, 4]]`, or None."""
+    text = text.strip()
+    match = _MATRIX.fullmatch(text.strip("()[] "))
+    if match:
+        rows = [
+            tuple(cell.strip() for cell in row.split("&"))
+            for row in re.split(r"\\\\|\\cr", match.group(2))
+            if row.strip()
+        ]
+    elif re.match(r"[\[(]\s*[\[(]", text) and closes_at_end(text):
+        inner = [parse_parts(row) for row in split_top(text[1:-1])]
+        if not all(inner) or not inner:
+            return None
+        rows = [part.items for part in inner if part]
+    else:
+        return None
+    if not rows or len({len(row) for row in rows}) != 1 or len(rows) * len(rows[0]) > MAX_ITEMS:
+        return None
+    return tuple(rows)
+
+
+def same_matrix(gold: Sequence[Sequence[str]], answer: Sequence[Sequence[str]], same: Same) -> bool:
+    return len(gold) == len(answer) and all(
+        len(g) == len(a) and _ordered(g, a, same) for g, a in zip(gold, answer, strict=True)
+    )

@@ -1,0 +1,281 @@
+"""Expressions and equations, by math-verify's parser and comparison (sympy). Only ever called under a worker's limits.
+
+The size guards come first. Closed forms are then compared as numbers to 12 relative digits, expressions with variables
+at fixed points, and only what that leaves open goes to math-verify, gold first (the comparison is not symmetric). Both
+checks also veto: math-verify alone takes `1/2^60` for `1/2^61`. Its own alarms are off: the worker's limits decide.
+Sympy objects never leave this module, and are never turned into text.
+"""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from rethinker_jax.verify.guards import refusal
+from rethinker_jax.verify.normalize import plain
+
+_POINTS = (
+    (Fraction(17, 13), Fraction(29, 11), Fraction(37, 23), Fraction(43, 31), Fraction(53, 47), Fraction(61, 19)),
+    (Fraction(71, 29), Fraction(19, 17), Fraction(83, 37), Fraction(23, 7), Fraction(41, 53), Fraction(67, 59)),
+    (Fraction(-31, 17), Fraction(-47, 29), Fraction(13, 19), Fraction(-59, 23), Fraction(61, 43), Fraction(-73, 41)),
+)
+MAX_DEGREE = 12  # of polynomials whose zeros are compared
+_WARM_UP = (
+    (r"\frac{1}{2}+\sqrt{2}", r"\sqrt[3]{2}-3\pi"),
+    ("x^2-1", "(x-1)(x+1)"),
+    (r"2\pi r^2+\sin x", r"2\pi r^2+\cos x"),
+    (r"e^{2x}", r"\ln 2"),
+    ("2x+4y=6", "x+2y=3"),
+    ("x^2=4", "x=2"),
+    ("0<x+1<3", "x>2"),
+    (r"|x|", r"\sqrt{x^2}"),
+    (r"\log_2 8", "5!"),
+    (r"(1+i)^2", "2i"),
+)
+_FUNCTIONS = {
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "ln",
+    "exp",
+    "sqrt",
+    "arcsin",
+    "arccos",
+    "arctan",
+    "lg",
+    "abs",
+    "asin",
+    "acos",
+    "atan",
+}
+_HEDGES = {
+    "or",
+    "and",
+    "not",
+    "if",
+    "is",
+    "to",
+    "no",
+    "so",
+    "it",
+    "as",
+    "be",
+    "by",
+    "in",
+    "of",
+    "on",
+    "vs",
+    "nor",
+    "but",
+    "may",
+}
+_RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_SAFE = re.compile(r"[^\"'`@#$;:?_~]*|(?:[^\"`@#$;:?~]|_(?!_))*")
+
+
+class Unparsed(Exception):
+    """The text is no mathematics that the parser knows."""
+
+
+def import_libraries() -> None:
+    """Loads sympy and math-verify and builds the parser's tables now, so that no item pays for it."""
+    for gold, answer in _WARM_UP:
+        same_expression(gold, answer)
+
+
+def has_words(text: str) -> bool:
+    """Does the text hold letter runs that are neither functions nor products of two or three variables?"""
+    bare = re.sub(r"\\begin\{\w+\}|\\end\{\w+\}", " ", plain(text))
+    runs = [run for run in _RUN.findall(bare) if run not in _FUNCTIONS]
+    if not runs:
+        return False
+    if any(len(run) > 3 or run.lower() in _HEDGES for run in runs):
+        return True
+    return not re.search(r"[\d+*/^=<>|]|-|\\(?!angle|triangle|text)[a-z]", bare)
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str) -> Any:
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
+    config = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    try:
+        text = normalize_latex(text, config=config)
+        parsed = latex2sympy(
+            text, is_real=not should_treat_as_complex(text), convert_degrees=False, normalization_config=None
+        )
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # a grammar generated from a file: it raises whatever it likes
+        raise Unparsed from error
+    if parsed is None:
+        raise Unparsed
+    return parsed
+
+
+def _for_parser(text: str) -> str:
+    text = plain(text).replace("°", "")
+    text = re.sub(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|log|ln|exp|arcsin|arccos|arctan)(?![a-zA-Z])", r"\\\1", text)
+    text = re.sub(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi ", text)
+    text = re.sub(r"\\sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s*\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}", text)
+    return text.replace("*", r"\cdot ")
+
+
+def same_expression(gold: str, answer: str) -> tuple[bool, str]:
+    """Whether two expressions (cleaned, without units and names) are equal, and what decided."""
+    guard = refusal(answer) or (not _SAFE.fullmatch(answer) and "characters")
+    if guard:
+        return False, f"guard_{guard}"
+    if refusal(gold):
+        return False, "guard_gold"
+    if has_words(answer):
+        return False, "words"
+    try:
+        left = _parse(_for_parser(gold))
+    except Unparsed:
+        return False, "gold_unparsed"
+    try:
+        right = _parse(_for_parser(answer))
+    except Unparsed:
+        return False, "answer_unparsed"
+    return _compare(left, right)
+
+
+def number_value(text: str) -> Fraction | None:
+    """The value of a closed form to 30 digits, or None for what is none (variables, complex, refused by a guard)."""
+    if refusal(text) or not _SAFE.fullmatch(text) or has_words(text):
+        return None
+    try:
+        parsed = _parse(_for_parser(text))
+    except Unparsed:
+        return None
+    import sympy
+
+    if not isinstance(parsed, sympy.Expr) or parsed.free_symbols:
+        return None
+    value = _at(parsed, {})
+    if value is None or not value.is_real or not value.is_finite:
+        return None
+    if abs(value) > 10**60 or (value != 0 and abs(value) < sympy.Float(10) ** -60):
+        return None
+    return Fraction(int(sympy.Integer((value * sympy.Integer(10) ** 60).round()))) / 10**60
+
+
+def _compare(gold: Any, answer: Any) -> tuple[bool, str]:
+    import sympy
+    from sympy.core.relational import Relational
+
+    if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
+        return _same_value(gold, answer)
+    if isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq):
+        return _same_equation(gold, answer)
+    if isinstance(answer, (sympy.Eq, sympy.logic.boolalg.BooleanTrue)) and not isinstance(gold, Relational):
+        return False, "equation_for_value"
+    if isinstance(gold, sympy.Eq):
+        return False, "value_for_equation"
+    return _math_verify(gold, answer), "math_verify"
+
+
+def _math_verify(gold: Any, answer: Any) -> bool:
+    from math_verify import verify
+
+    return bool(verify(gold, answer, strict=True, timeout_seconds=None))
+
+
+def _same_value(gold: Any, answer: Any) -> tuple[bool, str]:
+    names = {symbol.name for symbol in gold.free_symbols}
+    if names != {symbol.name for symbol in answer.free_symbols} and not names <= {"i"}:
+        return False, "variables"
+    verdicts = [_agree(_at(gold, point), _at(answer, point)) for point in _assignments(gold, answer)]
+    if verdicts[0] is False or verdicts[1] is False:
+        return False, "value"
+    if all(verdict is True for verdict in verdicts):
+        return True, "value"
+    return _math_verify(gold, answer), "math_verify"
+
+
+def _same_equation(gold: Any, answer: Any) -> tuple[bool, str]:
+    """Proportional differences of the two sides are one equation; an identity is none; the rest is solved."""
+    left, right = gold.lhs - gold.rhs, answer.lhs - answer.rhs
+    names = {symbol.name for symbol in gold.free_symbols}
+    if names != {symbol.name for symbol in answer.free_symbols} or not names:
+        return False, "variables"
+    values = [(_at(left, point), _at(right, point)) for point in _assignments(gold, answer)]
+    if all(a is not None and _agree(a, 0) for _, a in values):
+        return False, "identity"
+    if all(g is not None and a is not None for g, a in values):
+        (g0, a0), rest = values[0], values[1:]
+        if all(_agree(g * a0, a * g0) for g, a in rest) and not _agree(a0, 0) and not _agree(g0, 0):
+            return True, "proportional"
+    solutions = _same_zeros(left, right)
+    if solutions is not None:
+        return solutions, "zeros"
+    return _math_verify(gold, answer), "math_verify"
+
+
+def _same_zeros(left: Any, right: Any) -> bool | None:
+    """Do two polynomials, or quotients of them, have the same complex zeros? None for other functions or high degrees.
+
+    Two polynomials do exactly when their square-free parts differ by a constant factor.
+    """
+    import sympy
+
+    parts = []
+    for expression in (left, right):
+        symbols = sorted(expression.free_symbols, key=lambda symbol: symbol.name)
+        expression = expression.subs({symbol: sympy.Symbol(symbol.name) for symbol in symbols})
+        numerator = sympy.fraction(sympy.together(expression))[0]
+        names = [sympy.Symbol(symbol.name) for symbol in symbols]
+        if not numerator.is_polynomial(*names):
+            return None
+        polynomial = sympy.Poly(numerator, *names)
+        if polynomial.total_degree() > MAX_DEGREE or not polynomial.domain.is_Exact:
+            return None
+        parts.append(polynomial.sqf_part().monic().as_expr())
+    return bool(sympy.expand(parts[0] - parts[1]) == 0)
+
+
+def _assignments(gold: Any, answer: Any) -> list[dict[str, Fraction]]:
+    """Three points: a value for every name but `i`, the same on both sides."""
+    names = sorted({s.name for s in gold.free_symbols | answer.free_symbols} - {"i"})
+    return [{name: point[k % len(point)] + k // len(point) for k, name in enumerate(names)} for point in _POINTS]
+
+
+def _at(expression: Any, point: dict[str, Fraction]) -> Any:
+    """The value at a point to 30 digits, or None where it has none."""
+    import sympy
+
+    values = {}
+    for symbol in expression.free_symbols:
+        if symbol.name in point:
+            values[symbol] = sympy.Rational(point[symbol.name].numerator, point[symbol.name].denominator)
+        elif symbol.name == "i":
+            values[symbol] = sympy.I
+    try:
+        value = sympy.N(expression.subs(values) if values else expression, 30)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # sympy has no list of what evaluating may raise
+        return None
+    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
+        return None
+    real, imaginary = value.as_real_imag()
+    return value if real.is_Float or real.is_Rational or imaginary.is_Float or imaginary.is_Rational else None
+
+
+def _agree(left: Any, right: Any) -> bool | None:
+    """Equal to 12 relative digits; None where one side has no value."""
+    if left is None or right is None:
+        return None
+    size = max(abs(left), abs(right))
+    if size < 1e-100:
+        return True
+    return bool(abs(left - right) <= size * 1e-12)

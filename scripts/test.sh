@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes .venv, installs the test extra, and runs the checks and the tests. Arguments go to pytest.
+# RETHINKER_EXTRA=parity also installs torch, which the parity tests need; PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/venv.sh
+make_venv ".[test${RETHINKER_EXTRA:+,$RETHINKER_EXTRA}]"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/ty check --python .venv
+exec .venv/bin/python -m pytest "$@"
