@@ -15,7 +15,8 @@ def group_advantages(rewards: np.ndarray, first_rewards: np.ndarray, estimator: 
     Without rethinking the two are equal.
 
     group_mean: r − mean (VL-Rethinker's code; its printed formula has a std that its authors say they do not use).
-    group_std:  (r − mean) / std, the std over first and final rewards together, divisor n (GRPO, arXiv 2402.03300, §4.1).
+    group_std:  (r − mean) / std, the std over first and final rewards together, divisor n (GRPO, arXiv 2402.03300,
+                §4.1).
     rloo:       r − mean of the n − 1 other first rewards (arXiv 2402.14740, eq. 8).
     """
     rewards, first_rewards = rewards.astype(np.float64), first_rewards.astype(np.float64)

@@ -27,7 +27,9 @@ class Evaluation:
     groups: list[Group]
 
 
-def evaluate(system: System, params: Params, prompts: Sequence[Prompt], config: Config, pool: VerifierPool) -> Evaluation:
+def evaluate(
+    system: System, params: Params, prompts: Sequence[Prompt], config: Config, pool: VerifierPool
+) -> Evaluation:
     """Greedy accuracy over `prompts`, and pass@1, pass@k and rethinking by samples of the first of them.
 
     `params` are in the sampling layout. Never forces a second look; temperature 1 without truncation for the samples.
@@ -39,7 +41,8 @@ def evaluate(system: System, params: Params, prompts: Sequence[Prompt], config: 
     n = settings.samples_per_problem
     sampled = _draw(system, params, sampled_prompts, n, 1.0, config, pool)
     groups = [
-        Group(place, prompt, tuple(sampled[place * n : (place + 1) * n])) for place, prompt in enumerate(sampled_prompts)
+        Group(place, prompt, tuple(sampled[place * n : (place + 1) * n]))
+        for place, prompt in enumerate(sampled_prompts)
     ]
     num_correct = [sum(rollout.verdict.correct for rollout in group.rollouts) for group in groups]
     scores = {
@@ -53,7 +56,8 @@ def evaluate(system: System, params: Params, prompts: Sequence[Prompt], config: 
     }
     sources = sorted({prompt.problem.source for prompt in greedy_prompts})
     per_source = {
-        source: _mean([one.verdict.correct for one in greedy if one.prompt.problem.source == source]) for source in sources
+        source: _mean([one.verdict.correct for one in greedy if one.prompt.problem.source == source])
+        for source in sources
     }
     return Evaluation(scores, per_source, groups)
 
@@ -63,7 +67,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _draw(
-    system: System, params: Params, prompts: Sequence[Prompt], n: int, temperature: float, config: Config, pool: VerifierPool
+    system: System,
+    params: Params,
+    prompts: Sequence[Prompt],
+    n: int,
+    temperature: float,
+    config: Config,
+    pool: VerifierPool,
 ) -> list[Rollout]:
     """n samples of every prompt, in chunks of one shape."""
     settings = SamplingConfig(

@@ -38,7 +38,10 @@ def export(source: Path, output: Path) -> Path:
     step = int(source.name) if source.parent.name == "checkpoints" and source.name.isdigit() else None
     run = source.parent.parent if step is not None else source
     if not (run / "config.yaml").is_file() or not (run / "checkpoints").is_dir():
-        raise UserError(f"export: wanted a run directory with config.yaml and checkpoints/, or one of its checkpoints; came {source}.")
+        raise UserError(
+            f"export: wanted a run directory with config.yaml and checkpoints/, or one of its checkpoints; "
+            f"came {source}."
+        )
     config = dataclasses.replace(load_config(run / "config.yaml", []), mesh=MeshConfig())
     start_jax(config)
     system = load_system(config)

@@ -18,12 +18,14 @@ from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
 from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.report import write_report
 from rethinker_jax.rollout import Group, budgets_of, roll_out
 from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.step_metrics import batch_metrics, rollout_metrics, share
+from rethinker_jax.stopping import listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -79,7 +81,7 @@ def run_steps(
     store = CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)
     updater, progress, before = begin(config, system, store)
     order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
-    with RunProgress(config.run.num_steps, progress.step) as shown:
+    with RunProgress(config.run.num_steps, progress.step, title=name) as shown, listening() as stop:
         if before is None:
             shown.phase("evaluation before")
             found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
@@ -87,14 +89,18 @@ def run_steps(
             before = found.scores
         while progress.step < config.run.num_steps:
             shown.phase("training")
-            metrics, groups = train_step(config, system, updater, problems, order, pool, progress)
+            metrics, groups = train_step(config, system, updater, problems, order, pool, progress, run)
             log.write(progress.step - 1, metrics)
             last = progress.step == config.run.num_steps
             if (progress.step - 1) % config.run.rollouts_every == 0 or last:
                 run.write_rollouts(progress.step - 1, groups)
-            if progress.step % config.run.save_every == 0 or last:
-                save(store, progress, before, config)
+            asked = stop.exit_code is not None
+            if progress.step % config.run.save_every == 0 or last or asked:
+                save(store, progress, before)
             shown.update(progress.step, {name: metrics[name] for name in SHOWN})
+            if asked and not last:
+                store.close()
+                raise stop.stopped(progress.step)
         shown.phase("evaluation after")
         found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
         run.write_evaluation("after", found.groups)
@@ -122,12 +128,13 @@ def train_step(
     order: DataOrder,
     pool: VerifierPool,
     progress: Progress,
+    run: RunDirectory,
 ) -> tuple[dict[str, float], list[Group]]:
     """One step: a rollout batch and its optimizer steps. Changes `progress`; returns the step's metrics and rollouts."""
     begin_time, step = time.monotonic(), progress.step
 
     # prompt
-    prompts = next_prompts(config, system, problems, order, step)
+    prompts = next_prompts(config, system, problems, order, step, run)
 
     # rollout, verify
     forced = rethink.active(config.rethink, step)
@@ -167,12 +174,22 @@ def train_step(
 
 
 def next_prompts(
-    config: Config, system: System, problems: Sequence[Problem], order: DataOrder, step: int
+    config: Config, system: System, problems: Sequence[Problem], order: DataOrder, step: int, run: RunDirectory
 ) -> list[tuple[int, Prompt]]:
-    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once."""
+    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once.
+
+    Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to `run.max_bad_rows`.
+    """
     count = config.rollout.prompts_per_step
-    rows = dict.fromkeys(order[step * count + place] for place in range(count))
-    return [(row, system.builder.build(problems[row])) for row in rows]
+    prompts = []
+    for row in dict.fromkeys(order[step * count + place] for place in range(count)):
+        try:
+            prompts.append((row, system.builder.build(problems[row])))
+        except BadPrompt as error:
+            run.note_bad_row(step, problems[row].id, error.kind, str(error), config.run.max_bad_rows)
+    if not prompts:
+        raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
+    return prompts
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
@@ -239,7 +256,7 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
         )
 
 
-def save(store: CheckpointStore, progress: Progress, before: dict[str, float], config: Config) -> None:
+def save(store: CheckpointStore, progress: Progress, before: dict[str, float]) -> None:
     length = max([len(one.completion_ids) for one in progress.buffer], default=1)
     meta = {"step": progress.step, "before": before}
     store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer, length), meta))

@@ -55,7 +55,9 @@ def read_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: wanted YAML ({error}).") from error
     except ValidationError as error:
-        told = "\n".join(f"  {'.'.join(map(str, one['loc']))}: {one['msg']}, came {one['input']!r:.60}" for one in error.errors())
+        told = "\n".join(
+            f"  {'.'.join(map(str, one['loc']))}: {one['msg']}, came {one['input']!r:.60}" for one in error.errors()
+        )
         raise UserError(f"{path}: the recipe cannot be used:\n{told}") from error
     earlier: list[str] = []
     for stage in recipe.stages:
@@ -70,8 +72,8 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None) -> Path:
-    """The `pipeline` command: run every stage that is not done yet. Returns the pipeline's directory."""
+def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None, last: str = "") -> Path:
+    """The `pipeline` command: run every stage that is not done yet, up to `last`. Returns the pipeline's directory."""
     recipe = read_recipe(path)
     directory = Path(recipe.dir or f"runs/{recipe.name}")
     if mesh is not None:
@@ -80,6 +82,8 @@ def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None) -> P
     outputs = {"base": recipe.model}
     planned: list[tuple[Stage, str, Config]] = []
     for stage in recipe.stages:
+        if planned and planned[-1][0].name == last:
+            break
         source = (planned[-1][0].name if planned else "base") if stage.starts_from == "previous" else stage.starts_from
         planned.append((stage, source, stage_config(path, stage, outputs[source], directory, overrides)))
         outputs[stage.name] = str(directory / stage.name / "model")
@@ -90,7 +94,11 @@ def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None) -> P
             "kind": stage.kind,
             "starts_from": source,
             "output": outputs[stage.name],
-            "inputs": {"model": outputs[source], "model_hash": _hash_of(outputs[source]), "config_hash": config_hash(config)},
+            "inputs": {
+                "model": outputs[source],
+                "model_hash": _hash_of(outputs[source]),
+                "config_hash": config_hash(config),
+            },
         }
         if place < len(manifest) and _is_done(manifest[place], entry):
             print(f"stage {stage.name}: done before")

@@ -1,8 +1,8 @@
 """Selective Sample Replay: keep the rows that teach something, and fill the batch with them. numpy only.
 
-VL-Rethinker (arXiv 2504.08837) §3.2 and Algorithm 1. As training goes on, more and more groups have all samples right or
-all wrong; their advantages are zero and their rows teach nothing. SSR trains on the others, and draws the rows that are
-missing from a buffer, with probability proportional to |advantage|^alpha.
+VL-Rethinker (arXiv 2504.08837) §3.2 and Algorithm 1. As training goes on, more and more groups have all samples right
+or all wrong; their advantages are zero and their rows teach nothing. SSR trains on the others, and draws the rows that
+are missing from a buffer, with probability proportional to |advantage|^alpha.
 """
 
 import dataclasses
@@ -48,9 +48,9 @@ def select(
     """Algorithm 1: all effective rows of `raw`, topped up to len(raw) from the buffer, which takes them in first.
 
     Rows are effective where |advantage| > epsilon. Draws are without replacement; only when the buffer holds fewer rows
-    than are missing does every row come again. `name` = (seed, optimizer step) names the randomness, and the step decides
-    when the buffer is cleared. An empty buffer adds nothing: the selection may then be smaller than `raw`, or empty.
-    Mode `filter` never tops up; `none` takes everything as it is.
+    than are missing does every row come again. `name` = (seed, optimizer step) names the randomness, and the step
+    decides when the buffer is cleared. An empty buffer adds nothing: the selection may then be smaller than `raw`, or
+    empty. Mode `filter` never tops up; `none` takes everything as it is.
     """
     if config.mode == "none":
         return Selection(tuple(raw), (), ())

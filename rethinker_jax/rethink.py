@@ -13,7 +13,9 @@ from rethinker_jax.config import RethinkConfig
 from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Verdict
 
 # Signs of a second look in a response, as whole words; the released code counts "wait,", "wait a" and "alternatively".
-REFLECTION = re.compile(r"\b(wait|alternatively|double[- ]check|re-?check|re-?examine|re-?evaluate|re-?think)\b", re.IGNORECASE)
+REFLECTION = re.compile(
+    r"\b(wait|alternatively|double[- ]check|re-?check|re-?examine|re-?evaluate|re-?think)\b", re.IGNORECASE
+)
 
 
 def rethinks(text: str) -> bool:
@@ -43,9 +45,9 @@ def choose_by_verdict(
 ) -> int | None:
     """Rule `paper`: the number of a trigger, or None.
 
-    Left alone: responses that did not end by themselves or are longer than `max_first_tokens`; wrong ones in groups that
-    score above `easy_group`; and a share 1 − fraction of the rest. The last two triggers are "double check" for right and
-    "there might be a mistake" for wrong responses; they share the odds that the first ones leave.
+    Left alone: responses that did not end by themselves or are longer than `max_first_tokens`; wrong ones in groups
+    that score above `easy_group`; and a share 1 − fraction of the rest. The last two triggers are "double check" for
+    right and "there might be a mistake" for wrong responses; they share the odds that the first ones leave.
     """
     if first.finish_reason != "stop" or len(first) > config.max_first_tokens:
         return None

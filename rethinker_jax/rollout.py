@@ -1,4 +1,4 @@
-"""prompt → rollout → verify: n samples of every prompt, judged, with second looks where Forced Rethinking asks for them."""
+"""prompt → rollout → verify: n samples of every prompt, judged, with second looks where Forced Rethinking asks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -157,7 +157,9 @@ def _second_pass(
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
     )  # fmt: skip
     drawn = drawn[: len(requests)]
-    verdicts = pool.judge_many([_item(rollouts[place].prompt, one.completion) for place, one in zip(places, drawn, strict=True)])
+    verdicts = pool.judge_many(
+        [_item(rollouts[place].prompt, one.completion) for place, one in zip(places, drawn, strict=True)]
+    )
     rollouts = list(rollouts)
     for place, one, verdict in zip(places, drawn, verdicts, strict=True):
         rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)

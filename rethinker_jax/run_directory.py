@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,20 @@ class RunDirectory:
             (path / "rollouts" / "images").mkdir(parents=True, exist_ok=True)
             (path / "evaluations").mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.dir: {path} cannot be written ({error.strerror}). Name a directory that can.") from error
+            raise UserError(
+                f"run.dir: {path} cannot be written ({error.strerror}). Name a directory that can."
+            ) from error
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         """Hold the directory alone. The lock goes with the process, so a killed run leaves nothing stale."""
         with open(self.path / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(f"run.dir: another process is writing to {self.path}. Wait for it, or name another run.dir.") from error
+                raise UserError(
+                    f"run.dir: another process is writing to {self.path}. Wait for it, or name another run.dir."
+                ) from error
             yield
 
     def check_config(self, config: Config) -> None:
@@ -53,7 +57,8 @@ class RunDirectory:
         changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"{self.path} holds a run with another config: {'; '.join(changed)}. Go on with the old values, or name another run.dir."
+                f"{self.path} holds a run with another config: {'; '.join(changed)}. Go on with the old values, or name "
+                "another run.dir."
             )
 
     def read_summary(self) -> dict[str, Any]:
@@ -71,6 +76,18 @@ class RunDirectory:
 
     def write_evaluation(self, when: str, groups: Sequence[Group]) -> None:
         self._write_groups(self.path / "evaluations" / f"{when}.jsonl", None, groups)
+
+    def note_bad_row(self, step: int, problem: str, kind: str, why: str, limit: int) -> None:
+        """Add a row to bad_rows.jsonl. Raises UserError once more than `limit` rows stand there."""
+        path = self.path / "bad_rows.jsonl"
+        with path.open("a+", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "id": problem, "kind": kind, "why": why}) + "\n")
+            file.seek(0)
+            count = len({json.loads(line)["id"] for line in file})
+        if count > limit:
+            raise UserError(
+                f"{path}: {count} rows cannot be used, more than run.max_bad_rows={limit}; the last: {why}."
+            )
 
     def _write_groups(self, path: Path, step: int | None, groups: Sequence[Group]) -> None:
         lines = [json.dumps(self._group(step, group), ensure_ascii=False) for group in groups]
@@ -132,12 +149,20 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    flat = {f"{section}.{key}": value for section, values in dataclasses.asdict(config).items() for key, value in values.items()}
-    return {key: value for key, value in flat.items() if key.removeprefix("run.") not in FREE_RUN_KEYS or not key.startswith("run.")}
+    flat = {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.removeprefix("run.") not in FREE_RUN_KEYS or not key.startswith("run.")
+    }
 
 
 def versions() -> dict[str, Any]:
-    """Commit and versions, for summary and manifest. The commit is that of the code, where it lies in a git checkout."""
+    """Commit and versions, for summary and manifest. The commit is the code's, where it lies in a git checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ def sample(options: SampleOptions, config: Config) -> None:
     params = system.sampling_params(system.params)
     budgets = Budgets(config.sampling.max_new_tokens)
     size = config.rollout.prompts_per_step
-    with _writer(options.output) as write, RunProgress(len(problems), len(problems) - len(left), title="sample") as shown:
+    with (
+        _writer(options.output) as write,
+        RunProgress(len(problems), len(problems) - len(left), title="sample") as shown,
+    ):
         for start in range(0, len(left), size):
             prompts = _prompts(system, left[start : start + size], shown)
             requests = [Request(prompt, number) for prompt in prompts for number in range(options.n)]
@@ -125,7 +128,9 @@ def _completion_ids(problem: Problem, system: System, source: str) -> np.ndarray
     vocab = system.model.config.vocab
     if ids is not None and len(ids):
         if not all(isinstance(token, int) and 0 <= token < vocab for token in ids):
-            raise UserError(f"{source}, row {problem.id!r}: wanted completion_ids from 0 to {vocab - 1}, came {str(ids)[:80]}.")
+            raise UserError(
+                f"{source}, row {problem.id!r}: wanted completion_ids from 0 to {vocab - 1}, came {str(ids)[:80]}."
+            )
         return np.array(ids, np.int32)
     if isinstance(text, str) and text:
         return np.append(system.tokenizer.encode(text), system.tokenizer.end_token_ids[0]).astype(np.int32)
@@ -150,7 +155,7 @@ def _finished_ids(output: Path | None, n: int) -> set[str]:
 
 
 @contextlib.contextmanager
-def _writer(output: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _writer(output: Path | None) -> Generator[Callable[[dict[str, Any]], None]]:
     """Append JSON lines to `output`, or to standard output."""
     with contextlib.ExitStack() as stack:
         if output is None:

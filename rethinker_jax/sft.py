@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from rethinker_jax.config_file import save_config
 from rethinker_jax.console import RunProgress
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
-from rethinker_jax.example.dataset import SFT_SEED, sft_examples
+from rethinker_jax.example.dataset import SFT_SEED, Stage, sft_examples
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog
 from rethinker_jax.prompts.dataset import read_problems
@@ -27,6 +26,13 @@ from rethinker_jax.types import Problem
 
 Span = tuple[str, bool]  # text, and whether it is learned
 SFT_LOSS = LossConfig(nll_coefficient=1.0)
+# The embedded example's stages: clean solutions and captions; the same with a share of second looks; bad habits.
+EXAMPLE_STAGES: dict[str, tuple[Stage, float]] = {
+    "example:sft-clean": ("clean", 0.0),
+    "example:sft-look": ("clean", 0.25),
+    "example:sft-noisy": ("noisy", 0.0),
+}
+SILENT = 0.85  # share of second looks whose trigger is not learned: the skill is there, but not volunteered
 EXAMPLE_ROWS = 1 << 20  # the example's rows are made when asked for; this many before they repeat
 
 
@@ -44,17 +50,22 @@ def open_rows(config: Config) -> SftRows:
     A completion is a text (all of it learned) or a list of {text, loss}. Raises UserError for anything else.
     """
     source = config.sft.data
-    if source in ("example:sft-clean", "example:sft-noisy"):
-        stage: Any = source.removeprefix("example:sft-")
+    if source in EXAMPLE_STAGES:
+        stage, second_looks = EXAMPLE_STAGES[source]
 
         def make(index: int) -> tuple[Problem, tuple[Span, ...]]:
-            example = sft_examples(stage, SFT_SEED, index)
+            example = sft_examples(stage, SFT_SEED, index, second_looks, SILENT)
             return example.problem, example.spans
 
         return SftRows(EXAMPLE_ROWS, make)
     if not source:
-        raise UserError("sft.data: wanted a file with a completion column, or example:sft-clean or -noisy; nothing came. Set it.")
-    problems = read_problems(source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows, answers=False).problems
+        raise UserError(
+            f"sft.data: wanted a file with a completion column, or one of {', '.join(EXAMPLE_STAGES)}; nothing came. "
+            "Set it."
+        )
+    problems = read_problems(
+        source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows, answers=False
+    ).problems
     rows = [(problem, _spans(problem, source)) for problem in problems]
     return SftRows(len(rows), rows.__getitem__)
 
@@ -69,7 +80,8 @@ def _spans(problem: Problem, source: str) -> tuple[Span, ...]:
         spans = ()
     if not spans:
         raise UserError(
-            f"{source}, row {problem.id!r}: wanted `completion`, a text or a list of {{text, loss}}; came {completion!r:.80}."
+            f"{source}, row {problem.id!r}: wanted `completion`, a text or a list of {{text, loss}}; "
+            f"came {completion!r:.80}."
         )
     return spans
 

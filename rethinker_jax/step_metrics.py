@@ -37,8 +37,12 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
         "kept_share": share([one.kept for one in forced]),
         "forced_first_accuracy": share([one.first_verdict.correct for one in forced]),
         "forced_final_accuracy": share(repaired),
-        "wrong_to_right": share([right for one, right in zip(forced, repaired, strict=True) if not one.first_verdict.correct]),
-        "right_to_wrong": share([not right for one, right in zip(forced, repaired, strict=True) if one.first_verdict.correct]),
+        "wrong_to_right": share(
+            [right for one, right in zip(forced, repaired, strict=True) if not one.first_verdict.correct]
+        ),
+        "right_to_wrong": share(
+            [not right for one, right in zip(forced, repaired, strict=True) if one.first_verdict.correct]
+        ),
         "no_answer_share": share([verdict == "no_answer" for verdict in verdicts]),
         "verifier_failed_share": share([verdict in ("timeout", "crash", "bad_gold") for verdict in verdicts]),
         "slot_utilisation": counters.busy_steps / max(counters.slot_steps, 1),

@@ -1,4 +1,4 @@
-"""What every command needs of a model directory, loaded once: model, weights on the mesh, tokenizer, prompts, sampler."""
+"""What every command needs of a model directory, loaded once: model, weights on the mesh, tokenizer, sampler."""
 
 import dataclasses
 import warnings
@@ -52,7 +52,9 @@ def model_directory(path: str) -> Path:
     """Where `model.path` points: the package's example, or a directory."""
     directory = EXAMPLE_MODEL if path == "example" else Path(path).expanduser()
     if not directory.is_dir():
-        raise UserError(f"model.path: wanted a Hugging Face model directory or 'example', came {path!r}, which is not a directory.")
+        raise UserError(
+            f"model.path: wanted a Hugging Face model directory or 'example', came {path!r}, which is not a directory."
+        )
     return directory
 
 
@@ -67,7 +69,7 @@ def load_system(config: Config) -> System:
     images = ImageSettings.from_directory(directory, config.data.min_pixels, config.data.max_pixels)
     builder = PromptBuilder(
         tokenizer, images, geometry, config.data.prompt_template, max_prompt_tokens=config.data.max_prompt_tokens,
-        cache_size=4096,
+        cache_size=1024,
     )  # fmt: skip
     dtype = resolve_dtype(config.model.dtype, qwen.dtype)
     mesh = make_mesh(config.mesh)
@@ -95,5 +97,7 @@ def _weights(config: Config, directory: Path, qwen: QwenConfig, mesh: Mesh) -> t
     untied = dataclasses.replace(qwen, tied=False)
     found, params = load_params(directory, qwen, jnp.float32, training_shardings(untied, mesh))
     if found != qwen:
-        warnings.warn(f"{directory}: config.json ties the embeddings, but lm_head.weight differs; using it untied.", stacklevel=2)
+        warnings.warn(
+            f"{directory}: config.json ties the embeddings, but lm_head.weight differs; using it untied.", stacklevel=2
+        )
     return found, params

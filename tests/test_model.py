@@ -1,7 +1,7 @@
 """The port against transformers (golden files always, live where torch is), and what no sum of parts may break.
 
-Tolerances are parts of the size of what is compared. In float32, ours and torch's lie 1e-5 to 4e-5 apart on these cases,
-and ours is the nearer one to a float64 run of the original.
+Tolerances are parts of the size of what is compared. In float32 ours and torch's lie 1e-5 to 4e-5 apart here, and
+ours is the nearer one to a float64 run of the original.
 """
 
 import dataclasses
@@ -14,8 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import CASES, NUM_GREEDY, VARIANTS, checksum, make_config, make_prompt, make_rows, make_weight
-from reference_cases import never_drawn, noise, sums
+from reference_cases import (
+    CASES,
+    NUM_GREEDY,
+    VARIANTS,
+    checksum,
+    make_config,
+    make_prompt,
+    make_rows,
+    make_weight,
+    never_drawn,
+    noise,
+    sums,
+)
 from safetensors.numpy import save_file
 
 from rethinker_jax.config import MeshConfig, SamplingConfig
@@ -85,13 +96,14 @@ def forward(model: Model, params: Params, batch: PromptBatch) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-@functools.partial(jax.value_and_grad, argnums=1)
-def loss_and_gradients(model: Model, params: Params, batch: PromptBatch) -> jax.Array:
-    """Mean negative log-likelihood of every real token behind a row's first."""
-    log_probs = jax.nn.log_softmax(forward(model, params, batch)[:, :-1])
+@functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
+def loss_and_gradients(model: Model, params: Params, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
+    """((loss, logits), gradients); the loss is the mean over every real token behind a row's first."""
+    logits = forward(model, params, batch)
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
     nll = -jnp.take_along_axis(log_probs, batch.text.token_ids[:, 1:, None], axis=-1)[..., 0]
     real = jnp.arange(1, batch.text.token_ids.shape[1]) < batch.text.lengths[:, None]
-    return jnp.sum(nll * real) / jnp.sum(real)
+    return jnp.sum(nll * real) / jnp.sum(real), logits
 
 
 def for_device(batch: PromptBatch) -> PromptBatch:
@@ -104,7 +116,9 @@ def on_device(vision: VisionBatch) -> VisionBatch:
 
 
 def pack(loaded: Loaded, case: str, **options: Any) -> PromptBatch:
+    """A case's prompts; in one shape for all cases unless `options` say otherwise, to compile once a variant."""
     prompts = [make_prompt(row, loaded.raw) for row in make_rows(case, loaded.raw)]
+    options = {"batch_size": 3, "vision_buckets": [(2, 12)]} | options
     return for_device(pack_prompts(prompts, loaded.geometry, **options))
 
 
@@ -126,12 +140,11 @@ def test_golden(variants: dict[str, Loaded], variant: str, case: str) -> None:
     for number, row in enumerate(rows):  # else the generator changed, not the model
         assert row.token_ids.tolist() == golden[f"{case}/{number}/token_ids"].tolist()
         assert [checksum(image.patches) for image in row.images] == golden[f"{case}/{number}/checksum"].tolist()
-    batch = pack(loaded, case)
-    logits = np.asarray(forward(loaded.model, loaded.params, batch))
+    (loss, logits), gradients = loss_and_gradients(loaded.model, loaded.params, pack(loaded, case))
+    logits = np.asarray(logits)
     for number, row in enumerate(rows):
         theirs = golden[f"{case}/{number}/logits"]
         assert_near(logits[number, : len(row.token_ids)], theirs, float(theirs.std()), f"logits of row {number}")
-    loss, gradients = loss_and_gradients(loaded.model, loaded.params, batch)
     assert_near(np.asarray(loss), golden[f"{case}/loss"], 1.0, "loss")
     named = dict(hf_tensors(loaded.model.config, gradients, np.float32))
     assert sorted(named) == golden["names"].tolist()
@@ -178,11 +191,14 @@ def test_live_against_transformers(variant: str, tmp_path: Path) -> None:
     for case in CASES:
         rows = make_rows(case, raw)
         answer = reference_torch.answer(theirs, rows, raw)
-        batch = pack(loaded, case)
-        logits = np.asarray(forward(loaded.model, loaded.params, batch))
+        (loss, logits), gradients = loss_and_gradients(loaded.model, loaded.params, pack(loaded, case))
         for number, wanted in enumerate(answer.logits):
-            assert_near(logits[number, : len(wanted)], wanted, float(wanted.std()), f"{case}: logits of row {number}")
-        loss, gradients = loss_and_gradients(loaded.model, loaded.params, batch)
+            assert_near(
+                np.asarray(logits)[number, : len(wanted)],
+                wanted,
+                float(wanted.std()),
+                f"{case}: logits of row {number}",
+            )
         assert_near(np.asarray(loss), np.array(answer.loss), 1.0, f"{case}: loss")
         for name, ours in hf_tensors(loaded.model.config, gradients, np.float32):
             wanted = answer.gradients.pop(name)
@@ -197,10 +213,9 @@ def make_image(name: str, h: int, w: int, loaded: Loaded) -> ImagePatches:
     return ImagePatches(noise(5, name, (h * w, loaded.model.config.vision.patch_dim)), (1, h, w))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_images_of_one_row_do_not_see_each_other(variants: dict[str, Loaded], variant: str) -> None:
+def test_images_of_one_row_do_not_see_each_other(variants: dict[str, Loaded]) -> None:
     """Catches full attention that runs over the whole vision row."""
-    loaded = variants[variant]
+    loaded = variants["tied"]
     first, second, other = (make_image(name, h, 6, loaded) for name, h in [("a", 10), ("b", 6), ("c", 6)])
     before, after = (pack_images([first, image], loaded.geometry, [(1, 16)]) for image in (second, other))
     assert set(before.segment[0].tolist()) == {0, 1, 2}  # both images, and padding windows, share the only row
@@ -210,10 +225,9 @@ def test_images_of_one_row_do_not_see_each_other(variants: dict[str, Loaded], va
     assert np.abs(tables[0][theirs] - tables[1][theirs]).max(axis=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_windows_see_each_other_in_full_layers_only(variants: dict[str, Loaded], variant: str) -> None:
-    """Catches layers that all are windowed (a far patch changes nothing), and, with no full layer, ones that are not."""
-    loaded = variants[variant]
+def test_windows_see_each_other_in_full_layers_only(variants: dict[str, Loaded]) -> None:
+    """Catches layers that all are windowed, and windowed ones that look out of their window."""
+    loaded = variants["tied"]
     near = make_image("a", 16, 16, loaded)
     changed = near.patches.copy()
     changed[-1] += 1.0  # of the last window
@@ -260,14 +274,13 @@ def test_padding_tokens_and_other_rows_change_nothing(variants: dict[str, Loaded
     assert np.abs(before[0] - after[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_larger_buckets_give_the_same(variants: dict[str, Loaded], variant: str) -> None:
-    """Catches tables, windows and masks that lean on a shape: more vision rows, windows, tokens and rows than needed."""
-    loaded = variants[variant]
-    small = pack(loaded, "two_images", seq_minimum=4)
-    large = pack(loaded, "two_images", seq_minimum=80, batch_size=3, vision_buckets=[(3, 12)])
+def test_larger_buckets_give_the_same(variants: dict[str, Loaded]) -> None:
+    """Catches what leans on a shape: here are more vision rows, windows, tokens and rows than needed."""
+    loaded = variants["tied"]
+    small = pack(loaded, "two_images", seq_minimum=4, batch_size=1, vision_buckets=[(1, 5)])
+    large = pack(loaded, "two_images")
     assert small.vision is not None and large.vision is not None
-    assert small.vision.shape != large.vision.shape and large.vision.shape == (3, 12)
+    assert small.vision.shape == (1, 5) and large.vision.shape == (2, 12)
     length = int(small.text.lengths[0])
     a, b = (np.asarray(forward(loaded.model, loaded.params, batch))[0, :length] for batch in (small, large))
     assert_near(b, a, float(a.std()), "logits")
@@ -277,11 +290,10 @@ def test_no_token_sees_a_later_one(variants: dict[str, Loaded]) -> None:
     """Catches a mask off by one, either way: the gradient of state t by embedding s is zero exactly where s > t."""
     loaded = variants["tied"]
     seq, real = 8, 6
-    ids = np.arange(20, 20 + seq, dtype=np.int32)[None]
+    ids = jnp.arange(20, 20 + seq)[None]
     # Every token is read from the table, so the table's gradient is the embeddings'.
-    text = TextBatch(
-        ids, np.broadcast_to(np.arange(seq, dtype=np.int32), (3, 1, seq)), np.arange(seq, dtype=np.int32)[None], np.array([real], np.int32)
-    )
+    index = jnp.arange(seq)
+    text = TextBatch(ids, jnp.broadcast_to(index, (3, 1, seq)), index[None], jnp.array([real]))
     table = loaded.params["text"]["embedding"][ids[0]]
 
     def states(table: jax.Array) -> jax.Array:
@@ -299,8 +311,8 @@ def test_scanned_and_unrolled_layers_agree(variants: dict[str, Loaded]) -> None:
     """Catches a sampler that runs other layers, or in another order, than the trainer."""
     loaded = variants["untied"]
     model, config = loaded.model, loaded.model.config
-    x = noise(6, "x", (2, 5, config.d_model))
-    angles = model.angles(np.broadcast_to(np.arange(5, dtype=np.int32), (3, 2, 5)))
+    x = jnp.asarray(noise(6, "x", (2, 5, config.d_model)))
+    angles = model.angles(jnp.broadcast_to(jnp.arange(5), (3, 2, 5)))
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
         return query + cache, key.sum()
@@ -348,10 +360,8 @@ def test_random_parameters_have_the_promised_form(variants: dict[str, Loaded]) -
     )
     words = jax.tree.map(lambda leaf: len(leaf.shape), shapes)
     assert jax.tree.map(len, dims, is_leaf=lambda node: isinstance(node, tuple)) == words
-    loss, _ = loss_and_gradients(variants["untied"].model, params, pack(variants["untied"], "one_image"))
+    (loss, _), _ = loss_and_gradients(variants["untied"].model, params, pack(variants["untied"], "one_image"))
     assert abs(float(loss) - np.log(config.vocab)) < 1.0
-    again = init_params(config, 0)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
 
 
 def test_definition_is_hashable_and_free_of_arrays(variants: dict[str, Loaded]) -> None:
@@ -359,4 +369,6 @@ def test_definition_is_hashable_and_free_of_arrays(variants: dict[str, Loaded]) 
     raw = variants["tied"].raw
     assert hash(define_model(parse_config(raw))) == hash(variants["tied"].model)
     assert define_model(parse_config(raw)) == variants["tied"].model
-    assert not [leaf for leaf in jax.tree.leaves(dataclasses.astuple(variants["tied"].model)) if isinstance(leaf, jax.Array)]
+    assert not [
+        leaf for leaf in jax.tree.leaves(dataclasses.astuple(variants["tied"].model)) if isinstance(leaf, jax.Array)
+    ]

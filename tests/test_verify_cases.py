@@ -261,6 +261,46 @@ WORDS = [
     ("118°T", "118°", True, "true north left out"),
 ]
 
+MORE = [
+    ("1 1/2", "11/2", False, "a space that means plus"),
+    ("1 1/2", "1.5", True, "a mixed number with a slash"),
+    ("4", "four (4)", True, "said twice"),
+    ("6", "6 out of 10", False, "a share"),
+    ("6", "There are 6 apples and 2 pears", False, "two counts"),
+    ("6", "5-7", False, "a range"),
+    ("1.5 million", "1500000", True, "a scale word"),
+    ("3/4", "75%", True, "a share"),
+    ("0.667", "2/3", True, "an exact value that rounds to the gold"),
+    ("10 ft", "10'", False, "a prime is no unit here"),
+    ("5 m/s^2", r"5 \frac{\text{m}}{\text{s}^2}", True, "a unit as a fraction"),
+    ("100 J", "100 Nm", True, "one dimension, one size"),
+    ("20°C", "20°F", False, "another scale"),
+    (r"7\,\mu F", "7 μF", True, "a prefix in LaTeX"),
+    (r"60\sqrt{2}\text{ km}", r"60\sqrt{2}\text{ m}", False, "a closed form in another unit"),
+    (r"\sin 30^\circ", r"\frac{1}{2}", True, "degrees inside a sine"),
+    (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}", True, "expanded"),
+    (r"\frac{x^2}{2}+C", r"\frac{x^2}{2}", False, "without the constant"),
+    ("(x-1)^2+(y+2)^2=9", "x^2+y^2-2x+4y-4=0", True, "a circle, expanded"),
+    ("f(x)=2x+1", "y=2x+1", True, "a function named twice"),
+    (r"\{x | x>2\}", "x>2", True, "set-builder"),
+    (r"\mathbb{R}", r"(-\infty,\infty)", True, "the real line"),
+    (r"\langle 2,-3\rangle", "(2,-3)", True, "a vector in angle brackets"),
+    (r"\emptyset", r"\{\}", True, "the empty set"),
+    ("(1,2),(3,4)", "(3,4),(1,2)", True, "points in any order"),
+    ("(1,2),(3,4)", "(2,1),(3,4)", False, "coordinates in none"),
+    ("045°", "N45°E", True, "a bearing from north"),
+    (r"1:\sqrt{2}", r"\sqrt{2}:1", False, "a ratio turned round"),
+    (r"N_2 + 3H_2 \rightleftharpoons 2NH_3", "N2 + 3H2 <=> 2NH3", True, "an equilibrium"),
+    (r"N_2 + 3H_2 \rightleftharpoons 2NH_3", "N2 + 3H2 -> 2NH3", False, "one way"),
+    (r"CuSO_4 \cdot 5H_2O", "CuSO4·5H2O", True, "water of crystallisation"),
+    ("NaCl", "nacl", False, "case"),
+    ("ice cream", "icecream", False, "another word"),
+    ("cat", "cats", False, "another word"),
+    ("cat", "cat or dog", False, "a hedge"),
+    ("9:00 AM", "9 AM", True, "minutes left out"),
+    ("90 minutes", "1.5 hours", True, "converted"),
+]
+
 CHOICES = ("15 cm", "20 cm", r"\frac{1}{2} m", "none of these")
 MCQ = [
     ("B", "B", True, "the letter"),
@@ -297,6 +337,9 @@ MCQ = [
     ("AC", "A, C", True, "several letters"),
     ("A, C", "CA", True, "in any order"),
     ("AC", "A", False, "one of two"),
+    ("B", "It is B", True, "in a sentence"),
+    ("B", "B is correct", True, "in another"),
+    ("A", "A. 15 cm, B. 20 cm", False, "two options written out"),
 ]
 
 BOXES = [
@@ -307,6 +350,8 @@ BOXES = [
     ("[10, 20, 110, 120]", "[10, 20, 110]", False, "three numbers"),
     ("[10, 20, 110, 120]", '{"bbox_2d": [10, 20, 110, 120], "label": "cat"}', True, "JSON"),
     ("[[0,0,10,10],[50,50,60,60]]", "[[50,50,60,60],[0,0,10,10]]", True, "two boxes in any order"),
+    ("[10, 20, 110, 120]", "(10, 20), (110, 120)", True, "two corners"),
+    ("[10, 20, 110, 120]", "x1=10, y1=20, x2=110, y2=120", True, "named corners"),
     ("[[0,0,10,10],[50,50,60,60]]", "[0,0,10,10]", False, "one easy box of two"),
 ]
 
@@ -315,7 +360,7 @@ def expected(right: bool) -> str:
     return "correct" if right else "wrong"
 
 
-@pytest.mark.parametrize(("gold", "answer", "right", "why"), NUMBERS + UNITS + EXPRESSIONS + STRUCTURES + WORDS)
+@pytest.mark.parametrize(("gold", "answer", "right", "why"), NUMBERS + UNITS + EXPRESSIONS + STRUCTURES + WORDS + MORE)
 def test_auto_kind(gold: str, answer: str, right: bool, why: str) -> None:
     """The kind is read off the gold."""
     verdict = judge(rf"Some reasoning. \boxed{{{answer}}}", gold)

@@ -60,7 +60,8 @@ def round_up(number: int, step: int) -> int:
 def pack_rows(rows: Sequence[TrainRow], geometry: VisionGeometry, completion_length: int, num_rows: int) -> TrainBatch:
     """Lay out `rows` for the update, padded with empty rows to `num_rows`.
 
-    `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its encoding.
+    `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its
+    encoding.
     """
     length = round_up(completion_length, COMPLETION_STEP)
     seq = round_up(max(len(row.prompt) + len(row.completion_ids) for row in rows), SEQ_STEP)

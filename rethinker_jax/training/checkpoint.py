@@ -57,13 +57,15 @@ class CheckpointStore:
             meta=ocp.args.JsonRestore(),
         )
         try:
-            found = self._manager.restore(step, args=args)
+            found: Any = self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.directory}/{step}: the checkpoint does not fit this config or is damaged ({error}). "
                 "Start with the config of the run, or name another run.dir."
             ) from error
-        return Saved(TrainState(**found.state), {name: np.asarray(value) for name, value in found.arrays.items()}, found.meta)
+        return Saved(
+            TrainState(**found.state), {name: np.asarray(value) for name, value in found.arrays.items()}, found.meta
+        )
 
     def wait(self) -> None:
         self._manager.wait_until_finished()

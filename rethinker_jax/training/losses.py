@@ -1,7 +1,7 @@
 """The losses: pure functions of arrays. Everything they need is an argument.
 
-Normalisers are counts over the *global* batch, given from outside, so that the sum over micro-batches is the loss of the
-whole batch, however it is split (a mean inside each micro-batch is not).
+Normalisers are counts over the *global* batch, given from outside, so that the sum over micro-batches is the loss of
+the whole batch, however it is split (a mean inside each micro-batch is not).
 """
 
 import dataclasses

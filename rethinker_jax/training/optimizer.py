@@ -37,7 +37,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_updates: int, params: Any, freeze: Sequence[str]) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, num_updates: int, params: Any, freeze: Sequence[str]
+) -> optax.GradientTransformation:
     """The optimizer for `params` (arrays or shapes); frozen parameters get no state and no update."""
     adamw = optax.adamw(
         learning_rate_schedule(config, num_updates), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay

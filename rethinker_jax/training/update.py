@@ -63,8 +63,11 @@ class Updater:
             shardings,
             transform_non_params=lambda _: whole,
         )
-        self._places = TrainState(shardings, opt_state, whole, whole)
-        self._step = jax.jit(functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole))
+        places: Any = (shardings, opt_state, whole, whole)
+        self._places = TrainState(*places)
+        self._step = jax.jit(
+            functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole)
+        )
 
     def init(self, params: Params) -> TrainState:
         """The state before the first step; takes over `params`."""
@@ -96,7 +99,9 @@ def _log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> jax.Array
     return _completion_log_probs(rule, params, batch)[0]
 
 
-def _loss(params: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _loss(
+    params: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The batch's share of the global loss, and sums for the metrics."""
     config = rule.loss
     frozen = frozen_mask(params, rule.freeze)
@@ -119,8 +124,12 @@ def _loss(params: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str,
         "nll": nll,
         "entropy": entropy_mean,
         "ratio": jnp.sum(weights.entropy * ratio),
-        "clip_low_fraction": jnp.sum(weights.entropy * ((ratio < 1 - config.clip_low) & (batch.advantages[:, None] < 0))),
-        "clip_high_fraction": jnp.sum(weights.entropy * ((ratio > 1 + config.clip_high) & (batch.advantages[:, None] > 0))),
+        "clip_low_fraction": jnp.sum(
+            weights.entropy * ((ratio < 1 - config.clip_low) & (batch.advantages[:, None] < 0))
+        ),
+        "clip_high_fraction": jnp.sum(
+            weights.entropy * ((ratio > 1 + config.clip_high) & (batch.advantages[:, None] > 0))
+        ),
         "old_log_prob_gap": jnp.sum(gap) / jnp.maximum(counts["fresh"], 1.0),
         "old_log_prob_gap_max": jnp.max(gap),
     }
@@ -152,5 +161,6 @@ def update_step(rule: UpdateRule, state: TrainState, batches: TrainBatch) -> tup
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     metrics["skipped_update"] = 1.0 - finite.astype(jnp.float32)
-    return TrainState(params, opt_state, state.num_updates + 1, state.num_skipped + (~finite).astype(jnp.int32)), metrics
-
+    return TrainState(
+        params, opt_state, state.num_updates + 1, state.num_skipped + (~finite).astype(jnp.int32)
+    ), metrics

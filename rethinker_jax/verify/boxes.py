@@ -10,6 +10,8 @@ MAX_BOXES = 64
 Box = tuple[float, float, float, float]
 _NUMBER = r"\s*[-+]?\d{1,7}(?:\.\d{1,9})?\s*"
 _BOX = re.compile(rf"[\[(<]({_NUMBER}(?:,{_NUMBER}){{3}})[\])>]")
+_NAMES = re.compile(r"\\(?:left|right|text|mathrm)(?![a-z])|\\[,;! ]|[xy]_?\{?(?:[12]|min|max)\}?\s*=|\$")
+_ONLY_BRACKETS = re.compile(r"[-+\d.,;\s()\[\]{}<>\\]*")
 _KEYS = ("bbox_2d", "bbox", "box", "box_2d")
 
 
@@ -18,6 +20,10 @@ def parse_boxes(text: str) -> list[tuple[Box, str]] | None:
     if len(text) > 20_000:
         return None
     labelled = _from_json(text)
+    text = _NAMES.sub("", text)
+    if labelled is None and len(re.findall(r"\d+(?:\.\d+)?", text)) == 4:
+        numbers = re.findall(_NUMBER, text)
+        labelled = [(_box(numbers), "")] if len(numbers) == 4 and _ONLY_BRACKETS.fullmatch(text) else None
     if labelled is None:
         stripped = _BOX.sub("", text)
         found = [(_box(match.group(1).split(",")), "") for match in _BOX.finditer(text)]

@@ -15,6 +15,8 @@ _LEAD = re.compile(
     r"^\s*(?:the\s+|my\s+)?(?:(?:correct|final|best|right)\s+)*(?:answer|option|choice|options|choices|letter)s?\s*(?:is|are|:|=)?\s*(?:option|choice)?\s*(?=[(\[]?[A-Za-z][)\].:,]?(?:\s|$|[^a-zA-Z]))",
     re.IGNORECASE,
 )
+_IT_IS = re.compile(r"^(?:it is|it's)\s+(?=[(\[]?[A-Z][)\]]?\s*\.?$)", re.IGNORECASE)
+_TAIL = re.compile(r"(?<=[A-Z)])\s+is\s+(?:the\s+)?(?:correct|right|best)?\s*(?:answer|option|choice)?\.?$")
 _ONE = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:,)]?")
 _SEVERAL = re.compile(
     r"[(\[]?[A-Z][)\]]?(?:\s*(?:,|/|;|&|\+|\band\b|\bor\b|\\text\{(?:and|or)\}|,\s*and\b|\s)\s*[(\[]?[A-Z][)\]]?)+\.?"
@@ -38,15 +40,18 @@ def option_texts(choices: Sequence[str]) -> tuple[str, ...]:
     return tuple(stripped)
 
 
-def gold_letters(gold: str, options: Sequence[str], same: Same) -> frozenset[str] | None:
-    """The letters that a gold stands for: its own letters, or those of the one option with its text or value."""
+def gold_letters(gold: str, options: Sequence[str], same: Same, letters_wanted: bool = False) -> frozenset[str] | None:
+    """The letters that a gold stands for: its own letters, or those of the one option with its text or value.
+
+    `letters_wanted`: the row says that it is about options, so `BD` is two letters even where no options are given.
+    """
     bare = plain(gold)
     one = _ONE.fullmatch(bare)
     if one and one.group(1).isupper() and _in_range(one.group(1), options):
         return frozenset(one.group(1))
     if (
-        re.fullmatch(r"[A-Z]{2,8}", bare)
-        and options
+        re.fullmatch(r"[A-Z]{2,8}" if options else r"[A-K]{2,6}", bare)
+        and (options or letters_wanted)
         and len(set(bare)) == len(bare)
         and all(_in_range(c, options) for c in bare)
         and bare not in options
@@ -73,7 +78,7 @@ def chosen_letters(
     `multiple`: the gold has several letters, so `AC` may be two.
     """
     bare = re.sub(r"\s+", " ", plain(answer).replace("*", "")).strip()
-    bare = _LEAD.sub("", bare).strip()
+    bare = _TAIL.sub("", _LEAD.sub("", _IT_IS.sub("", bare))).strip()
     one = _ONE.fullmatch(bare)
     if one and _in_range(one.group(1).upper(), options):
         return frozenset(one.group(1).upper()), "letter"

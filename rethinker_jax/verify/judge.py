@@ -105,7 +105,7 @@ def read_gold(answer: str, choices: tuple[str, ...] = (), type: str = "auto") ->
 
 def _read_choice(text: str, choices: Sequence[str], strict: bool) -> Gold:
     options = option_texts(tuple(clean(choice) for choice in choices))
-    letters = gold_letters(text, options, same)
+    letters = gold_letters(text, options, same, letters_wanted=strict)
     if letters:
         return Gold("mcq", text, options, letters)
     if strict and options:

@@ -82,7 +82,7 @@ def _number_kind(value: str, quantity: Quantity) -> str:
 
 def _structure_kind(gold: str, value: str) -> str:
     if re.search(
-        r"\\(?:cup|infty|in)(?![a-zA-Z])|[<>]|\\(?:le|ge|leq|geq)(?![a-zA-Z])", gold
+        r"\\(?:cup|infty|in|mathbb)(?![a-zA-Z])|[<>]|\\(?:le|ge|leq|geq)(?![a-zA-Z])", gold
     ) and structures.parse_intervals(gold):
         return "interval"
     parts = structures.parse_parts(gold) or _parts(gold)
@@ -177,6 +177,8 @@ def _names_differ(gold: str, answer: str) -> bool:
     """Two variables, functions or segments that are not the same; words never contradict (`Volume = 5`, `V = 5`)."""
     pattern = r"\\?[a-z]|\\[a-z]+|[a-z]\([a-z]\)|[A-Z]{2}|\\angle[A-Z]+|[a-z]_\{?\w\}?"
     left, right = re.sub(r"\s+", "", gold), re.sub(r"\s+", "", answer)
+    if {left[1:], right} == {"(x)", "y"} or {left, right[1:]} == {"(x)", "y"}:  # y = ... for f(x) = ...
+        return False
     if not re.fullmatch(pattern, left) or not re.fullmatch(pattern, right):
         return False
     return left != right and sorted(left) != sorted(right)
@@ -284,6 +286,8 @@ def compare_text(gold: str, answer: str) -> Result:
         return (given == base if given else key(answer) == base[0]), "base"
     if texts.is_symbol(gold) and key(answer) != key(gold):
         return False, "symbol"
+    if re.fullmatch(r"(?:[a-z]=)?[a-z]{2,3}", key(gold)) and key(gold) == key(answer).replace("␣", ""):
+        return True, "same_text"  # a product of variables: `at`, `a t`
     name, value = split_name(answer)
     return texts.same_text(gold, answer) or bool(name and texts.same_text(gold, value)), "text"
 
@@ -327,7 +331,7 @@ def compare_bearing(gold: str, answer: str) -> Result:
     if given is None:
         quantity = parse_quantity(answer)
         whole = quantity is not None and quantity.number.value == wanted and not quantity.unit.label
-        return bool(whole and re.match(r"\s*\d{3}", answer)), "bearing"
+        return bool(whole and (re.match(r"\s*\d{3}", answer) or gold[:1].isdigit())), "bearing"
     return wanted == given, "bearing"
 
 

@@ -63,6 +63,7 @@ def clean(text: str) -> str:
     text = strip_math(text)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\cfrac", r"\frac")
     text = text.replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ",").replace("{:}", ":").replace(r"\colon", ":")
+    text = text.replace(r"\langle", "(").replace(r"\rangle", ")")
     text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace(r"\varnothing", r"\emptyset")
     text = (
         text.replace(r"\leqslant", r"\le ")
@@ -88,6 +89,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\(leq|geq|neq)(?![a-zA-Z])", lambda m: "\\" + m.group(1)[:2], text)
+    text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return _strip_ends(text)
 
@@ -192,7 +194,7 @@ def plain(text: str) -> str:
 
 def key(text: str) -> str:
     """The text without spaces and marks, case kept: equal keys are the same answer whatever its kind."""
-    text = plain(text)
+    text = re.sub(r"(?<=[a-zA-Z]) (?=[a-zA-Z])|(?<=\d) (?=\d)", "␣", plain(text))  # `1 1/2` is not `11/2`
     return re.sub(
         r"\s+",
         "",

@@ -47,6 +47,7 @@ _TEN_WORDS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty"
 _ONES = {word: value for value, word in enumerate(_ONE_WORDS)}
 _TENS = {word: 10 * value for value, word in enumerate(_TEN_WORDS, 2)}
 _SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(rf"([-+\d.,\s]+)({'|'.join(_SCALES)})")
 NUMBER_WORDS = {*_ONES, *_TENS, *_SCALES, "hundred"}
 
 
@@ -70,7 +71,7 @@ def parse_number(text: str) -> Number | None:
         return inner and dataclasses.replace(inner, value=sign * inner.value)
     if not _NUMERIC_START.match(text):
         return parse_words(text)
-    return _decimal(text) or _scientific(text) or _fraction(text) or _mixed(text) or _repeating(text)
+    return _scaled(text) or _decimal(text) or _scientific(text) or _fraction(text) or _mixed(text) or _repeating(text)
 
 
 def _sign(sign: str) -> int:
@@ -92,6 +93,17 @@ def _decimal(text: str) -> Number | None:
         return None
     number = _plain_decimal(match.group(2))
     return dataclasses.replace(number, value=_sign(match.group(1)) * number.value)
+
+
+def _scaled(text: str) -> Number | None:
+    """`1.5 million`."""
+    match = _SCALED.fullmatch(text)
+    number = _decimal(match.group(1).strip()) if match else None
+    if match is None or number is None:
+        return None
+    scale = _SCALES[match.group(2)]
+    decimals = None if number.decimals is None else number.decimals - len(str(scale)) + 1
+    return dataclasses.replace(number, value=number.value * scale, decimals=decimals)
 
 
 def _scientific(text: str) -> Number | None:

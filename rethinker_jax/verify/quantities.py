@@ -27,7 +27,7 @@ _NUMBER_PREFIX = re.compile(
     r"|\\frac\s*\{\s*[+-]?[\d.,]+\s*\}\s*\{\s*[\d.,]+\s*\}"
     r"|(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+|\.(?!\d))?|\.\d+)"
     r"(?:\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+)|[eE][+-]?\d+(?![a-zA-Z]))?(?:\s*/\s*\d+(?:\.\d+)?)?"
-    r"|10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+))"
+    r"|10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+))(?:\s*(?:thousand|million|billion|trillion)\b)?"
 )
 _SINGLE = re.compile(r"[a-zA-Z]")
 
@@ -50,7 +50,17 @@ def parse_quantity(text: str, lenient_unit: bool = False) -> Quantity | None:
     number = parse_number(bare)
     if number is not None:
         return Quantity(number, Unit())
-    return _compound(bare) or _with_unit(bare, lenient_unit) or _words_with_unit(bare)
+    return _twice(bare) or _compound(bare) or _with_unit(bare, lenient_unit) or _words_with_unit(bare)
+
+
+def _twice(text: str) -> Quantity | None:
+    """`four (4)`: the same number in words and in digits."""
+    match = re.fullmatch(r"([^()]{1,40})\s*\(([^()]{1,40})\)", text)
+    if not match:
+        return None
+    numbers = [parse_number(part.strip()) for part in match.groups()]
+    first, second = numbers
+    return Quantity(first, Unit()) if first and second and first.value == second.value else None
 
 
 def _with_unit(text: str, lenient_unit: bool) -> Quantity | None:
@@ -62,7 +72,7 @@ def _with_unit(text: str, lenient_unit: bool) -> Quantity | None:
     if number is None or not rest.strip():
         return None
     stripped = rest.strip()
-    if stripped[0] in "+*^(\\=<>,;:!|[{_" and not stripped.startswith(("\\text", "\\Omega", "\\mu", "(")):
+    if stripped[0] in "+*^(\\=<>,;:!|[{_" and not stripped.startswith(("\\text", "\\Omega", "\\mu", "\\frac", "(")):
         return None
     unit = parse_unit(stripped)
     if unit is None:

@@ -176,6 +176,7 @@ def parse_intervals(text: str) -> tuple[Interval, ...] | None:
     text = re.sub(r"^\\?[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text.strip())
     if len(text) > 400:
         return None
+    text = re.sub(r"^\\\{\s*[a-zA-Z]\s*(?:\\in\s*\S+\s*)?(?:\||:|\\mid)\s*(.*)\\\}$", r"\1", text)  # set-builder
     if plain(text).lower() in (r"\mathbb{r}", "all real numbers", "all reals", "r", r"\mathbb r"):
         return (Interval("-" + _INF, False, _INF, False),)
     pieces = [_interval(piece) for piece in _UNION.split(text)]

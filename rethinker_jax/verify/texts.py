@@ -113,11 +113,11 @@ _EQUILIBRIUM = re.compile(r"\\(?:rightleftharpoons|leftrightarrow)(?![a-zA-Z])|<
 
 
 def chem_key(text: str) -> str:
-    """A formula or reaction without print marks: case kept, subscripts as digits, charges `^2+`, arrows `->`."""
+    """A formula or reaction without print marks: case kept, subscripts as digits, charges `^2+`, arrows `→`."""
     text = plain(clean(text))
     text = re.sub(r"\\ce\s*\{(.*)\}", r"\1", text)
-    text = _EQUILIBRIUM.sub("<=>", text)
-    text = _ARROWS.sub("->", text)
+    text = _EQUILIBRIUM.sub("⇌", text)
+    text = _ARROWS.sub("→", text)
     text = re.sub(r"\\(?:uparrow|downarrow)|\((?:aq|s|l|g)\)|_\{?\((?:aq|s|l|g)\)\}?", "", text)
     text = re.sub(r"_\s*\{?\s*(\d+)\s*\}?", r"\1", text)
     text = re.sub(
@@ -137,7 +137,7 @@ def is_chemistry(text: str) -> bool:
     key = chem_key(text)
     if len(key) > 200 or not key:
         return False
-    sides = re.split(r"->|<=>", key)
+    sides = re.split("[→⇌]", key)
     terms = [term for side in sides for term in re.split(r"(?<!\^)(?<!\^\d)\+", side)]
     if not all(_formula(term) for term in terms):
         return False
@@ -169,7 +169,7 @@ def same_reaction(gold: str, answer: str) -> bool:
     left, right = chem_key(gold), chem_key(answer)
     if left == right:
         return bool(left)
-    for arrow in ("<=>", "->"):
+    for arrow in "⇌→":
         if left.count(arrow) == 1 and right.count(arrow) == 1:
             return all(
                 sorted(re.split(r"(?<!\^)(?<!\^\d)\+", a)) == sorted(re.split(r"(?<!\^)(?<!\^\d)\+", b))
@@ -288,14 +288,15 @@ _OF = re.compile(
     r"(\d+(?:\.\d+)?)\s*(?:°|degrees)?\s*(north|south|east|west|[nsew])\s+of\s+(north|south|east|west|[nsew])"
 )
 _THREE = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*°?\s*t")
+_LEADING_ZERO = re.compile(r"(0\d\d(?:\.\d+)?)\s*°?")
 _AXIS = {"n": 0, "e": 90, "s": 180, "w": 270}
 
 
 def parse_bearing(text: str) -> Fraction | None:
-    """Clockwise degrees from north of `N 30° E`, `30° east of north`, `030°T`; None for anything else."""
+    """Clockwise degrees from north of `N 30° E`, `30° east of north`, `030°`, `330°T`; None for anything else."""
     text = plain(text).lower().replace("°", "° ").replace("  ", " ").strip()
     text = re.sub(r"\s*°\s*", "° ", text).strip()
-    true = _THREE.fullmatch(text)
+    true = _THREE.fullmatch(text) or _LEADING_ZERO.fullmatch(text)
     if true:
         return Fraction(true.group(1)) % 360
     quadrant, relative = _QUADRANT.fullmatch(text), _OF.fullmatch(text)

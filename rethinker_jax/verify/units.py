@@ -119,6 +119,11 @@ _add("MHz", {"time": -1}, 10**6)
 _add("mol mole moles", {"mole": 1})
 _add("mmol", {"mole": 1}, "1/1000")
 _add("M", {"mole": 1, "length": -3}, 1000)
+_add("Nm", _ENERGY)
+_add("Wh", _ENERGY, 3600)
+_add("kWh", _ENERGY, 3600000)
+_add("F farad farads", {"mass": -1, "length": -2, "time": 4, "current": 2})
+_add("μF", {"mass": -1, "length": -2, "time": 4, "current": 2}, "1/1000000")
 _add("dB", {"decibel": 1})
 _SPEEDS = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "mps": "m/s", "rpm": "", "fps": "ft/s"}
 _NO_UNIT = {"unit", "units", "square units", "cubic units", "sq units", "sq. units", "u", "su"}
@@ -165,8 +170,9 @@ _BLOCKED = {
 @lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit | None:
     """The unit or label that is the whole of `text` ("" is no unit), or None when it is neither."""
-    text = plain(text).replace("Ω", "Ω").replace(r"\Omega", "Ω").replace(r"\mu", "μ").strip().strip("()").strip()
-    text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", " ", text)
+    text = plain(text).replace("Ω", "Ω").replace(r"\Omega", "Ω").strip().strip("()").strip()
+    text = re.sub(r"\\mu\s*", "μ", re.sub(r"\\(?:cdot|times)(?![a-zA-Z])", " ", text))
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{((?:[^{}]|\{\d\})*)\}", r"\1/\2", text)
     if (
         not text
         or text.lower().rstrip(".") in _NO_UNIT
@@ -281,6 +287,8 @@ def split_unit(text: str) -> tuple[str, Unit]:
             if not spaced or variables or before.rstrip().endswith(("+", "-", "*", "/", "^", "=", "cdot")):
                 continue
         if before.rstrip().endswith(("+", "-", "*", "^", "=", "(", "{", "_")):
+            continue
+        if run.group() == "°" and re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", before):
             continue
         return before.strip(), unit
     return text, _MISSING
