@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 
 Estimator = Literal["group_mean", "group_std", "rloo"]
+ROUNDING = 1e-9  # a std at or below this comes of equal rewards
 
 
 def group_advantages(rewards: np.ndarray, first_rewards: np.ndarray, estimator: Estimator) -> np.ndarray:
@@ -27,7 +28,7 @@ def group_advantages(rewards: np.ndarray, first_rewards: np.ndarray, estimator: 
     advantages = rewards - first_rewards.mean(axis=1, keepdims=True)
     if estimator == "group_std":
         std = np.concatenate([rewards, first_rewards], axis=1).std(axis=1, keepdims=True)
-        advantages = np.divide(advantages, std, out=np.zeros_like(advantages), where=std > 0)
+        advantages = np.divide(advantages, std, out=np.zeros_like(advantages), where=std > ROUNDING)
     return advantages.astype(np.float32)
 
 

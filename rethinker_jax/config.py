@@ -81,6 +81,7 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
+    reward: Literal["accuracy", "accuracy_and_format", "vl_rethinker_code"] = "accuracy"  # of verify/rewards.py
     num_workers: Positive = 1
     deadline_s: PositiveFloat = 2.0  # wall clock per item, the backstop
     cpu_limit_s: PositiveFloat = 1.0  # CPU time per item, what decides
@@ -172,7 +173,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning on completions (`main sft`). Rows: a problem with a `completion` (and optional `loss_from`)."""
+    """Supervised fine-tuning on completions (`main sft`). Rows: a problem with a `completion` (a text, or a list of {text, loss})."""
 
     data: str = ""  # parquet or JSON lines with a completion column, or example:sft-STAGE
     num_steps: Positive = 1000

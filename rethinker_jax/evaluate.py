@@ -97,5 +97,5 @@ def _draw(
             params, chunk, settings, budgets, seed=config.run.seed, step=EVALUATION_STEP,
             num_prompts=config.evaluation.batch_size,
         )  # fmt: skip
-        rollouts += judge(chunk, drawn, pool)
+        rollouts += judge(chunk, drawn, pool, config.verifier.reward)
     return rollouts

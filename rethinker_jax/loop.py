@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rethinker_jax import replay, rethink
@@ -27,10 +28,11 @@ from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.step_metrics import batch_metrics, rollout_metrics, share
 from rethinker_jax.stopping import listening
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
+from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches, pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
+from rethinker_jax.verify.judge import check_gold
 from rethinker_jax.verify.pool import VerifierPool
 
 
@@ -58,7 +60,7 @@ def train(config: Config, name: str) -> Path:
             return run.path
         run.check_config(config)
         save_config(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path))), run.path / "config.yaml")
-        problems = load_problems(config, config.data.train)
+        problems = load_problems(config, config.data.train, run)
         system = load_system(config)
         with VerifierPool(config.verifier) as pool, MetricsLog(run.path, _first_step(run, config)) as log:
             run_steps(run, config, name, system, problems, pool, log, started)
@@ -77,7 +79,7 @@ def run_steps(
     started: tuple[float, float],
 ) -> None:
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
-    test = [system.builder.build(problem) for problem in load_test(config)]
+    test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(load_test(config, run))), -1, run)]
     store = CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)
     updater, progress, before = begin(config, system, store)
     order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
@@ -87,8 +89,8 @@ def run_steps(
             found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
             run.write_evaluation("before", found.groups)
             before = found.scores
+        shown.phase("training")
         while progress.step < config.run.num_steps:
-            shown.phase("training")
             metrics, groups = train_step(config, system, updater, problems, order, pool, progress, run)
             log.write(progress.step - 1, metrics)
             last = progress.step == config.run.num_steps
@@ -147,6 +149,8 @@ def train_step(
     groups = with_advantages(groups, config)
     experiences = [experience_of(group, place, progress) for group in groups for place in range(len(group.rollouts))]
     metrics = rollout_metrics(groups, config.advantage.epsilon, counters)
+    if trainer_log_probs(config, system):
+        experiences = with_trainer_log_probs(config, system, updater, progress, experiences, prompts, metrics)
 
     # replay, update
     found = []
@@ -160,6 +164,8 @@ def train_step(
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
             batches = make_batches(config, system, problems, prompt_of, chosen, start == 0)
             progress.state, sums = updater.step(progress.state, batches)
+        if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
+            sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
     metrics |= {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
     refuse_bad_updates(config, progress)
@@ -181,14 +187,22 @@ def next_prompts(
     Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to `run.max_bad_rows`.
     """
     count = config.rollout.prompts_per_step
-    prompts = []
-    for row in dict.fromkeys(order[step * count + place] for place in range(count)):
-        try:
-            prompts.append((row, system.builder.build(problems[row])))
-        except BadPrompt as error:
-            run.note_bad_row(step, problems[row].id, error.kind, str(error), config.run.max_bad_rows)
+    rows = dict.fromkeys(order[step * count + place] for place in range(count))
+    prompts = usable_prompts(config, system, [(row, problems[row]) for row in rows], step, run)
     if not prompts:
         raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
+    return prompts
+
+
+def usable_prompts(
+    config: Config, system: System, rows: Sequence[tuple[int, Problem]], step: int, run: RunDirectory
+) -> list[tuple[int, Prompt]]:
+    prompts = []
+    for row, problem in rows:
+        try:
+            prompts.append((row, system.builder.build(problem)))
+        except BadPrompt as error:
+            run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
     return prompts
 
 
@@ -239,11 +253,48 @@ def make_batches(
         )
 
     rows = [row(one, True) for one in chosen.fresh] + [row(one, False) for one in chosen.replayed]
-    triggers = [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]
-    length = budgets_of(config, triggers).total
     size = config.training.batch_size
     micro = config.training.micro_batch_size or size
-    return [pack_rows(rows[start : start + micro], system.geometry, length, micro) for start in range(0, size, micro)]
+    return pack_micro_batches(rows, system.geometry, longest_completion(config, system), size, micro)
+
+
+def longest_completion(config: Config, system: System) -> int:
+    return budgets_of(config, [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]).total
+
+
+def trainer_log_probs(config: Config, system: System) -> bool:
+    """Are old log-probs made again by the trainer: by default where the computation is not float32."""
+    mode = config.loss.old_log_probs
+    return mode == "trainer" or (mode == "auto" and system.dtype != jnp.float32)
+
+
+def with_trainer_log_probs(
+    config: Config,
+    system: System,
+    updater: Updater,
+    progress: Progress,
+    experiences: Sequence[replay.Experience],
+    prompts: Sequence[tuple[int, Prompt]],
+    metrics: dict[str, float],
+) -> list[replay.Experience]:
+    """Old log-probs by the trainer's forward pass; adds how far the sampler's were off to `metrics`."""
+    prompt_of, size, made = dict(prompts), config.training.micro_batch_size or config.training.batch_size, []
+    gaps: list[np.ndarray] = []
+    for start in range(0, len(experiences), size):
+        chunk = experiences[start : start + size]
+        rows = [
+            TrainRow(prompt_of[one.problem], one.completion_ids, one.loss_mask, one.nll_mask, one.old_log_probs)
+            for one in chunk
+        ]
+        batch = pack_rows(rows, system.geometry, longest_completion(config, system), size)
+        found = jax.device_get(updater.log_probs(progress.state.params, batch))
+        for one, values in zip(chunk, found, strict=False):
+            own = np.asarray(values[: len(one.completion_ids)], np.float32)
+            gaps.append(np.abs(own - one.old_log_probs)[one.loss_mask])
+            made.append(dataclasses.replace(one, old_log_probs=own))
+    gap = np.concatenate(gaps)
+    metrics |= {"sampler_trainer_gap": share(gap), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
+    return made
 
 
 def refuse_bad_updates(config: Config, progress: Progress) -> None:
@@ -262,16 +313,27 @@ def save(store: CheckpointStore, progress: Progress, before: dict[str, float]) -
     store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer, length), meta))
 
 
-def load_problems(config: Config, source: str) -> tuple[Problem, ...]:
-    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows)
-    if not found.problems:
-        raise UserError(f"{source}: wanted at least one usable row, found none of {len(found.bad_rows)}.")
-    return found.problems
+def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:
+    """Rows that can be used; the others, golds that no answer could be judged against among them, are listed in `run`."""
+    limit = config.run.max_bad_rows
+    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit)
+    for row in found.bad_rows:
+        run.note_bad_row(-1, row.where, row.kind, row.why, limit)
+    good = []
+    for problem in found.problems:
+        trouble = check_gold(problem.answer, problem.choices, problem.type)
+        if trouble:
+            run.note_bad_row(-1, problem.id, "bad_gold", f"{trouble}: {problem.answer!r:.80}", limit)
+        else:
+            good.append(problem)
+    if not good:
+        raise UserError(f"{source}: wanted at least one usable row, found none; see {run.path / 'bad_rows.jsonl'}.")
+    return tuple(good)
 
 
-def load_test(config: Config) -> tuple[Problem, ...]:
+def load_test(config: Config, run: RunDirectory) -> tuple[Problem, ...]:
     count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
-    return load_problems(config, config.data.test)[:count] if count else ()
+    return load_problems(config, config.data.test, run)[:count] if count else ()
 
 
 def _first_step(run: RunDirectory, config: Config) -> int:

@@ -66,11 +66,11 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line and waits until it is on the disk. Numbers that are not finite are written as null."""
-        plain = {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
+        values = {name: plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step), **values}, allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        for name, value in plain.items():
+        for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._events.add_scalar(name, value, step)
 
@@ -114,14 +114,14 @@ def _keep_before(path: Path, first_step: int) -> None:
     os.replace(temporary, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON has it; arrays of one element are numbers, NaN and infinities None."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.bool_):
         return bool(value)
     if isinstance(value, np.integer):

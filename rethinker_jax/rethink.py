@@ -68,10 +68,10 @@ def cut_first_response(text: str) -> str:
 
     That the third cut takes the *first* "answer" is as published, and may leave little.
     """
-    for place in (text.rfind("Wait"), text.rfind("\\boxed")):
+    for mark in ("Wait", "\\boxed"):
+        place = text.rfind(mark)  # in what the cut before has left
         text = text[:place] if place >= 0 else text
-    place = text.lower().find("answer")
-    text = text[:place] if place >= 0 else text
+    text = re.split("answer", text, maxsplit=1, flags=re.IGNORECASE)[0]
     place = text.rfind("\n\n")
     return (text[:place] if place >= 0 else text).strip()
 

@@ -13,6 +13,7 @@ from rethinker_jax.system import System
 from rethinker_jax.types import FIRST, TRIGGER, Completion, Prompt, Rollout, Verdict
 from rethinker_jax.verify.judge import JudgeItem
 from rethinker_jax.verify.pool import VerifierPool
+from rethinker_jax.verify.rewards import REWARDS, RewardInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def roll_out(
         params, requests, config.sampling, budgets, seed=seed, step=step,
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
     )  # fmt: skip
-    rollouts = judge(requests, drawn, pool)
+    rollouts = judge(requests, drawn, pool, config.verifier.reward)
     if forced and config.rethink.rule == "paper":
         rollouts = _second_pass(system, params, rollouts, triggers, config, pool, step)
     groups = []
@@ -76,12 +77,12 @@ def roll_out(
     return groups, counters
 
 
-def judge(requests: Sequence[Request], drawn: Sequence[Drawn], pool: VerifierPool) -> list[Rollout]:
+def judge(requests: Sequence[Request], drawn: Sequence[Drawn], pool: VerifierPool, reward: str) -> list[Rollout]:
     """Verdicts of every first response and, where a second look was forced, of the whole."""
     firsts = [one.first or one.completion for one in drawn]
-    verdicts = pool.judge_many([_item(request.prompt, first) for request, first in zip(requests, firsts, strict=True)])
+    verdicts = verdicts_of([request.prompt for request in requests], firsts, pool, reward)
     looked = [place for place, one in enumerate(drawn) if one.first is not None]
-    finals = pool.judge_many([_item(requests[place].prompt, drawn[place].completion) for place in looked])
+    finals = verdicts_of([requests[place].prompt for place in looked], [drawn[place].completion for place in looked], pool, reward)
     second: dict[int, Verdict] = dict(zip(looked, finals, strict=True))
     return [
         Rollout(
@@ -105,9 +106,24 @@ def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
     return tuple(marked)
 
 
-def _item(prompt: Prompt, completion: Completion) -> JudgeItem:
-    problem = prompt.problem
-    return JudgeItem(completion.text, problem.answer, problem.choices, problem.type)
+def verdicts_of(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], pool: VerifierPool, reward: str
+) -> list[Verdict]:
+    """Judge completions, with the reward that the function named `reward` makes of each verdict."""
+    problems = [prompt.problem for prompt in prompts]
+    items = [
+        JudgeItem(completion.text, problem.answer, problem.choices, problem.type)
+        for problem, completion in zip(problems, completions, strict=True)
+    ]
+    return [
+        dataclasses.replace(
+            verdict,
+            reward=REWARDS[reward](
+                RewardInput(verdict, completion.text, stopped=completion.finish_reason == "stop", forced=completion.forced)
+            ),
+        )
+        for verdict, completion in zip(pool.judge_many(items), completions, strict=True)
+    ]
 
 
 def _with_trigger(request: Request, triggers: Sequence[np.ndarray], config: Config, step: int) -> Request:
@@ -157,9 +173,8 @@ def _second_pass(
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
     )  # fmt: skip
     drawn = drawn[: len(requests)]
-    verdicts = pool.judge_many(
-        [_item(rollouts[place].prompt, one.completion) for place, one in zip(places, drawn, strict=True)]
-    )
+    prompts = [rollouts[place].prompt for place in places]
+    verdicts = verdicts_of(prompts, [one.completion for one in drawn], pool, config.verifier.reward)
     rollouts = list(rollouts)
     for place, one, verdict in zip(places, drawn, verdicts, strict=True):
         rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)

@@ -16,6 +16,7 @@ from typing import Any
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config
 from rethinker_jax.errors import UserError
+from rethinker_jax.metrics import plain
 from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
 
@@ -57,8 +58,8 @@ class RunDirectory:
         changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"{self.path} holds a run with another config: {'; '.join(changed)}. Go on with the old values, or name "
-                "another run.dir."
+                f"{self.path} holds a run with another config: {'; '.join(changed)}. "
+                "Go on with the old values, or name another run.dir."
             )
 
     def read_summary(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class RunDirectory:
             raise UserError(f"{path}: wanted JSON ({error}). Remove the file; the run will write it again.") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_whole(self.path / "summary.json", json.dumps(summary, indent=2, default=float) + "\n")
+        write_whole(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         self._write_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl", step, groups)

@@ -20,7 +20,7 @@ from rethinker_jax.metrics import MetricsLog
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
+from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.types import Problem
 
@@ -116,10 +116,7 @@ def fine_tune(config: Config, name: str) -> Path:
         indices = [order[step * config.sft.batch_size + i] for i in range(config.sft.batch_size)]
         made = [sft_row(system, *rows.read(index), config.sft.max_completion_tokens) for index in indices]
         micro = config.training.micro_batch_size or config.sft.batch_size
-        return [
-            pack_rows(made[i : i + micro], system.geometry, config.sft.max_completion_tokens, micro)
-            for i in range(0, len(made), micro)
-        ]
+        return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, len(made), micro)
 
     with (
         MetricsLog(run_dir, first) as log,

@@ -12,12 +12,12 @@ import pathlib
 import tempfile
 
 import numpy as np
-import torch
+import torch  # ty: ignore[import-not-found]
 import transformers
-from reference_cases import CASES, VARIANTS, checksum, make_config, make_rows, sums
-from reference_torch import answer, make_model
+from reference_cases import CASES, VARIANTS, checksum, make_config, make_rows, sums  # ty: ignore[import-not-found]
+from reference_torch import answer, make_model  # ty: ignore[import-not-found]
 
-from rethinker_jax.example.tokenizer import build_tokenizer
+from rethinker_jax.example.model_config import build_model_directory
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
 # A greedy token is only a fact if it wins by far more than float32 rounding moves logits (1e-4 of their size).
@@ -26,8 +26,8 @@ SMALLEST_GAP = 5e-3
 
 def make_golden(variant: str) -> dict[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer = build_tokenizer(directory)
-    config = make_config(variant, tokenizer.get_vocab_size(with_added_tokens=True), tokenizer.token_to_id)
+        build_model_directory(directory)
+        config = make_config(variant, json.loads((pathlib.Path(directory) / "config.json").read_text()))
     model = make_model(config)
     arrays = {
         "config": np.array(json.dumps(config)),
@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     GOLDEN.mkdir(exist_ok=True)
     for variant in VARIANTS:
-        np.savez_compressed(GOLDEN / f"{variant}.npz", **make_golden(variant))
+        np.savez_compressed(GOLDEN / f"{variant}.npz", allow_pickle=False, **make_golden(variant))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ large enough that attention is far from uniform: a forgotten bias or a swapped a
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rethinker_jax.example.model_config import tiny_config
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.types import ImagePatches, Problem, Prompt
 
@@ -24,18 +23,21 @@ Grid = tuple[int, int]
 # A prompt is a list of parts: a number of text tokens, or an image of so many patches.
 Parts = Sequence[int | Grid]
 
+# Images of this grid have so little contrast that the epsilon of the norms counts.
+FAINT: Grid = (2, 4)
+
 # 10x14 patches are ragged in both directions for both window sizes; 2x4 is smaller than a window.
 CASES: Mapping[str, Sequence[Parts]] = {
     "one_image": [[5, (10, 14), 6]],
-    "two_images": [[3, (6, 6), 4, (2, 4), 5]],
+    "two_images": [[3, (6, 6), 4, FAINT, 5]],
     "text_only": [[11]],
-    "padded_batch": [[4, (6, 6), 3], [7], [2, (2, 4), 1, (4, 6), 9]],
+    "padded_batch": [[4, (6, 6), 3], [7], [2, FAINT, 1, (4, 6), 9]],
 }
 
 
-def make_config(variant: str, tokenizer_size: int, token_id: Callable[[str], int]) -> dict[str, Any]:
-    """config.json of a variant. 'tied' is the example's; 'untied' differs from it wherever a size may."""
-    config = tiny_config(tokenizer_size, token_id)
+def make_config(variant: str, example: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a variant. 'tied' is the example's own; 'untied' differs from it wherever a size may."""
+    config = dict(example)
     if variant == "tied":
         return config
     config |= {
@@ -49,7 +51,7 @@ def make_config(variant: str, tokenizer_size: int, token_id: Callable[[str], int
         "rope_theta": 1000.0,
         "tie_word_embeddings": False,
     }
-    config["vision_config"] |= {
+    config["vision_config"] = config["vision_config"] | {
         "depth": 3,
         "hidden_size": 72,
         "intermediate_size": 100,
@@ -103,7 +105,8 @@ def make_rows(case: str, config: Mapping[str, Any]) -> list[Row]:
                 ids += [int(value) for value in 20 + (np.abs(noise(1, name, (part,))) * 100).astype(np.int64)]
                 continue
             count = part[0] * part[1]
-            images.append(ImagePatches(noise(1, name, (count, patch_dim)), (1, *part)))
+            contrast = np.float32(0.02 if part == FAINT else 1.0)
+            images.append(ImagePatches(contrast * noise(1, name, (count, patch_dim)), (1, *part)))
             pads = [config["image_token_id"]] * (count // vision["spatial_merge_size"] ** 2)
             ids += [config["vision_start_token_id"], *pads, config["vision_end_token_id"]]
         rows.append(Row(np.array(ids), tuple(images)))

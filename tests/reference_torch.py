@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # ty: ignore[import-not-found]
 from reference_cases import NUM_GREEDY, Row, make_weight, never_drawn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 

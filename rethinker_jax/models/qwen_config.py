@@ -6,7 +6,7 @@ A key that is missing takes the default of the transformers class, as it does th
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,23 @@ def read_config(directory: Path) -> QwenConfig:
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: wanted JSON, came: {error}. Copy the file from the original checkpoint again.") from error
+        raise UserError(
+            f"{path}: wanted JSON, came: {error}. Copy the file from the original checkpoint again."
+        ) from error
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{path}: wanted a JSON object, came {type(raw).__name__}. Copy the original config.json again."
+        )
     if raw.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{path}: wanted model_type 'qwen2_5_vl', came {raw.get('model_type')!r}. Only Qwen2.5-VL is ported.")
+        raise UserError(
+            f"{path}: wanted model_type 'qwen2_5_vl', came {raw.get('model_type')!r}. Only Qwen2.5-VL is ported."
+        )
     try:
         return parse_config(raw)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: a value cannot be used: {error}. Compare it with the published config.json.") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: a value cannot be used: {error}. Compare it with the published config.json."
+        ) from error
 
 
 def parse_config(raw: Mapping[str, Any]) -> QwenConfig:
@@ -98,12 +108,15 @@ def parse_config(raw: Mapping[str, Any]) -> QwenConfig:
         return default if value is None else value
 
     rope = text_key("rope_parameters", None) or text_key("rope_scaling", None) or {}
+    _refuse_other_models(raw, text_key, rope)
     section = tuple(int(part) for part in rope.get("mrope_section", (16, 24, 24)))
     heads = int(text_key("num_attention_heads", 64))
     d_model = int(text_key("hidden_size", 8192))
     head_dim = int(text_key("head_dim", d_model // heads))
     if len(section) != 3 or 2 * sum(section) != head_dim:
-        raise ValueError(f"mrope_section {list(section)} must be three numbers that add up to head_dim / 2 = {head_dim // 2}")
+        raise ValueError(
+            f"mrope_section {list(section)} must be three numbers that add up to head_dim / 2 = {head_dim // 2}"
+        )
     kv_heads = int(text_key("num_key_value_heads", 8))
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
@@ -120,13 +133,30 @@ def parse_config(raw: Mapping[str, Any]) -> QwenConfig:
         rope_theta=float(rope.get("rope_theta", text_key("rope_theta", 1e6))),
         mrope_section=(section[0], section[1], section[2]),
         tied=bool(tied),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"),
+        dtype=str(
+            raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
+        ),
         image_token=int(raw.get("image_token_id", 151655)),
         video_token=int(raw.get("video_token_id", 151656)),
         vision_start_token=int(raw.get("vision_start_token_id", 151652)),
         vision_end_token=int(raw.get("vision_end_token_id", 151653)),
         vision=_parse_vision(raw.get("vision_config") or {}),
     )
+
+
+def _refuse_other_models(raw: Mapping[str, Any], text_key: Callable[[str, Any], Any], rope: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the key names allow but this port would compute as something else."""
+    if text_key("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {text_key('hidden_act', '')!r} is not known; the published models use 'silu'")
+    for key in ("type", "rope_type"):
+        if rope.get(key, "default") not in ("default", "mrope"):
+            raise ValueError(f"rope {key} {rope[key]!r} is not known; wanted 'mrope' or 'default'. Remove the scaling")
+    if text_key("use_sliding_window", False):
+        raise ValueError("use_sliding_window true is not ported; the published models have false")
+    if raw.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config {raw['quantization_config']} cannot be trained; take the original checkpoint"
+        )
 
 
 def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weight_table import Entry, canonical_name, weight_table
 
 MAX_SHARD_BYTES = 4 * 2**30
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +46,17 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
-    """Open every *.safetensors of `directory`. Raises UserError for none, a damaged one, a name twice, or a lost shard."""
+def open_checkpoint(directory: Path) -> Generator[Checkpoint, None, None]:
+    """Open every *.safetensors of `directory`. Raises UserError for none, a damaged one, a name twice, a lost file."""
     files = sorted(directory.glob("*.safetensors"))
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        listed = {directory / file for file in json.loads(index.read_text())["weight_map"].values()}
+        listed = _listed_files(index)
         lost = sorted(path.name for path in listed if not path.is_file())
         if lost:
-            raise UserError(f"{index}: it names {', '.join(lost)}, which {directory} does not hold. Copy the missing shards.")
+            raise UserError(
+                f"{index}: it names {', '.join(lost)}, which {directory} does not hold. Copy the missing shards."
+            )
         files = sorted(listed)
     if not files:
         raise UserError(f"{directory}: wanted *.safetensors, found none. Name the directory with the weights.")
@@ -64,13 +67,28 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
             try:
                 handles[path] = stack.enter_context(safe_open(path, framework="np"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: cannot be read as safetensors ({error}). The file is cut or damaged: copy it again.") from error
+                raise UserError(
+                    f"{path}: cannot be read as safetensors ({error}). The file is cut or damaged: copy it again."
+                ) from error
             for raw_name in handles[path].keys():  # noqa: SIM118 (not a dict)
                 name = canonical_name(raw_name)
                 if name in where:
-                    raise UserError(f"{path}: tensor {raw_name} is there twice; the other is {where[name][1]} in {where[name][0].name}.")
+                    raise UserError(
+                        f"{path}: tensor {raw_name} is there twice; the other is {where[name][1]} in "
+                        f"{where[name][0].name}."
+                    )
                 where[name] = (path, raw_name)
         yield Checkpoint(directory, where, handles)
+
+
+def _listed_files(index: Path) -> set[Path]:
+    try:
+        return {index.parent / file for file in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index}: wanted JSON with a weight_map of names to files, came something else ({error!r}). "
+            "The file is cut or damaged: copy it again."
+        ) from error
 
 
 def _check_names(checkpoint: Checkpoint, config: QwenConfig, table: list[Entry]) -> None:
@@ -81,14 +99,26 @@ def _check_names(checkpoint: Checkpoint, config: QwenConfig, table: list[Entry])
         raise UserError(
             f"{checkpoint.directory}: the weights are not those that config.json describes.\n"
             + (f"  missing: {_some(missing)}\n" if missing else "")
-            + (f"  unknown: {_some([f'{checkpoint.where[n][1]} in {checkpoint.where[n][0].name}' for n in unknown])}\n" if unknown else "")
+            + (
+                f"  unknown: {_some([f'{checkpoint.where[n][1]} in {checkpoint.where[n][0].name}' for n in unknown])}\n"
+                if unknown
+                else ""
+            )
             + "  Check that config.json and the weights come from the same model."
         )
     for name, shape in wanted.items():
         path, raw_name = checkpoint.where[name]
         found = tuple(checkpoint.handles[path].get_slice(raw_name).get_shape())
         if found != shape:
-            raise UserError(f"{path}: tensor {raw_name}: wanted shape {list(shape)} by config.json, came {list(found)}.")
+            raise UserError(
+                f"{path}: tensor {raw_name}: wanted shape {list(shape)} by config.json, came {list(found)}."
+            )
+        dtype = checkpoint.handles[path].get_slice(raw_name).get_dtype()
+        if dtype not in FLOAT_TYPES:
+            raise UserError(
+                f"{path}: tensor {raw_name}: wanted one of {', '.join(FLOAT_TYPES)}, came {dtype}. Quantised "
+                "checkpoints cannot be trained: take the original one."
+            )
 
 
 def _some(names: list[str], count: int = 5) -> str:
@@ -98,7 +128,8 @@ def _some(names: list[str], count: int = 5) -> str:
 def resolve_head(config: QwenConfig, checkpoint: Checkpoint) -> tuple[QwenConfig, bool]:
     """What transformers does about `lm_head`: the config to use, and whether the head is read from the embedding.
 
-    Tied config and a different head on disk: the head counts (untied). Untied config without a head: it takes the embedding.
+    Tied config and a different head on disk: the head counts (untied). Untied config without a head: it takes the
+    embedding.
     """
     has_head = "lm_head.weight" in checkpoint.where
     if config.tied and has_head:
@@ -144,7 +175,8 @@ def _lookup(tree: Params, path: tuple[str, ...]) -> Any:
 def _load_entry(checkpoint: Checkpoint, entry: Entry, dtype: Any, sharding: Sharding | None) -> jax.Array:
     shape = (entry.num_layers, *entry.shape) if entry.num_layers else entry.shape
 
-    def callback(index: tuple[slice, ...]) -> np.ndarray:
+    def callback(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         if not entry.num_layers:
             return _read_slice(checkpoint, entry, entry.name, index).astype(dtype)
         layers = entry.names[index[0]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import no_type_check
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from rethinker_jax.types import ImagePatches, Prompt
 __all__ = ["PromptBatch", "TextBatch", "bucket", "pack_prompts"]
 
 
+@no_type_check  # also a pytree of jax arrays
 @dataclasses.dataclass(frozen=True)
 class TextBatch:
     """Token sequences, padded on the right.
@@ -32,6 +34,7 @@ class TextBatch:
         return np.arange(self.token_ids.shape[1]) < self.lengths[:, None]
 
 
+@no_type_check  # also a pytree of jax arrays
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
     """What prefill needs of a list of prompts.

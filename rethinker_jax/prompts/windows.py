@@ -12,6 +12,7 @@ Order is the published one: windows row-major over the image, merge units row-ma
 
 import dataclasses
 from collections.abc import Sequence
+from typing import no_type_check
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class VisionGeometry:
         return self.window_tokens * self.unit_patches
 
 
+@no_type_check  # also a pytree of jax arrays
 @dataclasses.dataclass(frozen=True)
 class VisionBatch:
     """Images laid out in vision rows.

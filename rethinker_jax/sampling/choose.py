@@ -1,14 +1,16 @@
 """Token choice: from logits and one uniform number a row to a token, without sorting the vocabulary."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-BLOCK = 512  # of the two-level inverse CDF: float32 sums stay short, and no 150k-long prefix sum is made
+BLOCK = 64  # of the inverse CDF: float32 sums stay short, and no 150k-long prefix sum is made
 
 
 def request_keys(
-    seed: int, step: int, problem_hash: Int[Array, " requests"], sample: Int[Array, " requests"]
+    seed: int | Array, step: int | Array, problem_hash: Int[Array, " requests"], sample: Int[Array, " requests"]
 ) -> UInt32[Array, "requests 2"]:
     """Raw threefry keys, one a request: randomness is named by (seed, step, problem, sample) and nothing else."""
     base = jax.random.fold_in(jax.random.key(seed), step)
@@ -39,34 +41,52 @@ def choose_tokens(
 ) -> Int[Array, " slots"]:
     """Draw a token a row; temperature 0 takes the most probable allowed one.
 
-    The order is temperature, top-k, top-p, min-p, as in transformers. top_k 0, top_p 1 and min_p 0 switch them off; ties at
-    a threshold are all kept.
+    The order is temperature, top-k, top-p, min-p, as in transformers. top_k 0, top_p 1 and min_p 0 switch them off;
+    ties at a threshold are all kept.
     """
+    vocab = logits.shape[-1]
     masked = jnp.where(allowed, logits, -jnp.inf)
-    greedy = jnp.argmax(masked, axis=-1)
-    scaled = masked / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-    probs = jax.nn.softmax(scaled, axis=-1)
+    top = jnp.max(masked, axis=-1, keepdims=True)
+    greedy = jnp.min(
+        jnp.where(masked == top, jnp.arange(vocab), vocab - 1), axis=-1
+    )  # argmax, which is slower on a CPU
+    # The largest logit is taken off before the division, which a temperature near zero would make overflow.
+    weights = jnp.exp((masked - top) / jnp.where(temperature > 0, temperature, 1.0)[:, None])
+    probs = weights / weights.sum(axis=-1, keepdims=True)
     truncating = (top_k > 0) | (top_p < 1.0) | (min_p > 0)
     probs = jax.lax.cond(truncating, lambda p: _truncate(p, top_k, top_p, min_p), lambda p: p, probs)
     return jnp.where(temperature > 0, _inverse_cdf(probs, uniform), greedy)
 
 
 def _inverse_cdf(probs: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:
-    """First token at which the running sum exceeds uniform · total: over blocks first, then inside one block.
+    """First token at which the running sum exceeds uniform · total, found in blocks of blocks from the coarsest down.
 
-    A token of probability zero is never returned: the running sum does not rise there.
+    A token of probability zero is never returned. The running sums alone do not promise that: rounding may let them rise
+    where nothing is added, or leave the last one with mass below the target.
     """
-    slots, vocab = probs.shape
-    num_blocks = -(-vocab // BLOCK)
-    blocks = jnp.pad(probs, ((0, 0), (0, num_blocks * BLOCK - vocab))).reshape(slots, num_blocks, BLOCK)
-    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
-    # Rounding may put the target a hair above the last end; the last block with mass takes it then.
-    target = jnp.minimum(uniform * ends[:, -1], jnp.nextafter(ends[:, -1], jnp.zeros_like(uniform)))
-    block = jnp.sum(ends <= target[:, None], axis=-1)
-    inside = jnp.cumsum(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=-1)[:, 0], 0.0)
-    rest = jnp.minimum(target - before, jnp.nextafter(inside[:, -1], jnp.zeros_like(uniform)))
-    return block * BLOCK + jnp.sum(inside <= rest[:, None], axis=-1)
+    levels = [probs]
+    while levels[-1].shape[-1] > BLOCK:
+        levels.append(_blocks(levels[-1]).sum(axis=-1))
+    index = jnp.zeros(probs.shape[0], jnp.int32)
+    target = uniform * levels[-1].sum(axis=-1)
+    places = jnp.arange(BLOCK)
+    for masses in reversed(levels):
+        block = jnp.take_along_axis(_blocks(masses), index[:, None, None], axis=1)[:, 0]
+        upto = places[:, None] <= places[None, :]
+        sums = jnp.einsum("BP,PQ->BQ", block, upto.astype(block.dtype), precision=jax.lax.Precision.HIGHEST)
+        possible = block > 0
+        last = jnp.max(jnp.where(possible, places, 0), axis=-1)
+        above = jnp.min(jnp.where(possible & (sums > target[:, None]), places, BLOCK), axis=-1)
+        place = jnp.minimum(above, last)
+        target = target - jnp.sum(jnp.where(places < place[:, None], block, 0.0), axis=-1)
+        index = index * BLOCK + place
+    return index
+
+
+def _blocks(masses: Float[Array, "slots length"]) -> Float[Array, "slots blocks block"]:
+    slots, length = masses.shape
+    num_blocks = -(-length // BLOCK)
+    return jnp.pad(masses, ((0, 0), (0, num_blocks * BLOCK - length))).reshape(slots, num_blocks, BLOCK)
 
 
 def _truncate(probs: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -76,17 +96,18 @@ def _truncate(probs: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     total = probs.sum(axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
     by_p = _largest_threshold(bits, lambda keep: jnp.where(keep, probs, 0.0).sum(axis=-1) >= top_p * total)
+    by_p = jnp.minimum(by_p, bits.max(axis=-1))  # the most probable token stays, also under top_p 0
     probs = jnp.where((top_p < 1.0) & (bits < by_p[:, None]), 0.0, probs)
     return jnp.where(probs < min_p * probs.max(axis=-1, keepdims=True), 0.0, probs)
 
 
-def _largest_threshold(bits: jax.Array, enough: "jax.tree_util.Partial | object") -> jax.Array:
+def _largest_threshold(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Largest threshold per row at which `enough(bits >= threshold)` holds, by bisection over 31 bits."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        good = enough(bits >= middle[:, None])  # type: ignore[operator]
+        good = enough(bits >= middle[:, None])
         return jnp.where(good, middle, low), jnp.where(good, high, middle)
 
     low = jnp.zeros(bits.shape[0], jnp.int32)

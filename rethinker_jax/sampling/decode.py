@@ -1,11 +1,12 @@
 """The compiled decode loop: slots, refilled inside the loop, each writing one request's completion.
 
-A slot starts by feeding the *last prompt token* again, so the first token of a completion is drawn like every other. All
-slots write their keys and values of loop step g to column g mod L of a ring: one in-place update, no scatter; a slot's own
-columns are the last ones it wrote, and rotary positions are in the keys, so order in the ring does not matter.
+A slot starts by feeding the *last prompt token* again, so the first token of a completion is drawn like every other.
+All slots write their keys and values of loop step g to column g mod L of a ring: one in-place update, no scatter; a
+slot's own columns are the last ones it wrote, and rotary positions are in the keys, so order in the ring does not
+matter.
 
-Inserted tokens (a prefix that another pass wrote, a Forced Rethinking trigger) go the same way as drawn ones: they replace
-the draw. A trigger is fed when the first response ends by itself; no second prefill, no second encoding.
+Inserted tokens (a prefix that another pass wrote, a Forced Rethinking trigger) go the same way as drawn ones: they
+replace the draw. A trigger is fed when the first response ends by itself; no second prefill, no second encoding.
 """
 
 import dataclasses
@@ -81,7 +82,7 @@ class Rules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """[requests, length] tokens, log-probs, segments; [requests] lengths, finish codes, and how first responses ended."""
+    """[requests, length] tokens, log-probs, segments; [requests] lengths, finish codes, how first responses ended."""
 
     tokens: Any
     log_probs: Any
@@ -153,7 +154,7 @@ def run(
     num_requests: Any,
     num_steps: Any,
 ) -> LoopState:
-    """Run at most `num_steps` loop steps; fewer if the first `num_requests` requests are finished. `state` is donated."""
+    """Run `num_steps` loop steps, fewer if the first `num_requests` requests are finished. `state` is donated."""
     stop = state.step + num_steps
 
     def unfinished(state: LoopState) -> jax.Array:
@@ -213,29 +214,43 @@ def _forward(
     seen_ring = age[None, :] <= slots.emitted[:, None]
     # The prompt's last token is fed again, so its prefilled column is left out.
     seen_prompt = jnp.arange(slots.prompt_caches[0][0].shape[-1])[None, :] < prompts.lengths[prompt][:, None] - 1
-    seen = jnp.concatenate([seen_prompt, seen_ring], axis=1)[:, None, None, :]
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: Any) -> tuple[jax.Array, LayerCache]:
         (prompt_keys, prompt_values), (ring_keys, ring_values) = cache
         ring_keys = jax.lax.dynamic_update_slice_in_dim(ring_keys, jnp.transpose(key, (0, 2, 3, 1)), column, axis=3)
-        ring_values = jax.lax.dynamic_update_slice_in_dim(ring_values, jnp.transpose(value, (0, 2, 1, 3)), column, axis=2)
-        slots_, _, heads, head_dim = query.shape
-        grouped = query.reshape(slots_, key.shape[2], heads // key.shape[2], head_dim)
-        scores = [
-            jnp.einsum("BKGH,BKHL->BKGL", grouped, keys, preferred_element_type=jnp.float32)
-            for keys in (prompt_keys, ring_keys)
-        ]
-        scores = jnp.where(seen, jnp.concatenate(scores, axis=-1) * head_dim**-0.5, MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        on_prompt, on_ring = jnp.split(weights, [prompt_keys.shape[-1]], axis=-1)
-        context = jnp.einsum("BKGL,BKLH->BKGH", on_prompt, prompt_values)
-        context = context + jnp.einsum("BKGL,BKLH->BKGH", on_ring, ring_values)
-        return context.reshape(query.shape), (ring_keys, ring_values)
+        ring_values = jax.lax.dynamic_update_slice_in_dim(ring_values, value.swapaxes(1, 2), column, axis=2)
+        num_slots, _, heads, head_dim = query.shape
+        grouped = query.reshape(num_slots, key.shape[2], heads // key.shape[2], head_dim)
+        context = attend_both(grouped, (prompt_keys, prompt_values, seen_prompt), (ring_keys, ring_values, seen_ring))
+        return context.astype(query.dtype).reshape(query.shape), (ring_keys, ring_values)
 
     x = model.embed(params, slots.token[:, None])
     caches = list(zip(slots.prompt_caches, slots.ring, strict=True))
     x, ring = model.run_layers(params["text"]["layers"], x, angles, attend, caches)
     return model.logits(params, x[:, 0]), ring
+
+
+def attend_both(
+    query: Float[Array, "slots kv_heads group head_dim"], *caches: tuple[jax.Array, jax.Array, jax.Array]
+) -> Float[Array, "slots kv_heads group head_dim"]:
+    """One softmax over several caches of (K-major keys, values, seen [slots, length]); float32.
+
+    Nothing is concatenated, and contexts are divided by the softmax's sum instead of the weights: this step is bound by
+    the memory that it reads and writes.
+    """
+    scale = query.shape[-1] ** -0.5
+    scores = []
+    for keys, _, seen in caches:
+        score = jnp.einsum("BKGH,BKHL->BKGL", query, keys, preferred_element_type=jnp.float32) * scale
+        scores.append(jnp.where(seen[:, None, None, :], score, MASKED))
+    top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
+    weights = [jnp.exp(score - top) for score in scores]
+    total = sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
+    contexts = [
+        jnp.einsum("BKGL,BKLH->BKGH", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        for weight, (_, values, _) in zip(weights, caches, strict=True)
+    ]
+    return sum(contexts[1:], contexts[0]) / total
 
 
 def _write_tokens(
@@ -264,7 +279,9 @@ def _write_tokens(
     end_log_prob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - log_z
 
     # Idle slots write out of bounds, which is dropped.
-    row = jnp.where(active, request, outputs.lengths.shape[0])
+    nowhere = outputs.lengths.shape[0]
+    row = jnp.where(active, request, nowhere)
+    ending = jnp.where(begins, row, nowhere)
     written = jnp.where(segment == slots.segment, slots.written, 0) + 1
     emitted = slots.emitted + 1
     budget = jnp.where(segment == SECOND, asked.second_budget, asked.budget)
@@ -276,10 +293,8 @@ def _write_tokens(
         segments=outputs.segments.at[row, slots.emitted].set(segment.astype(jnp.int8), mode="drop"),
         lengths=outputs.lengths.at[row].set(emitted, mode="drop"),
         finish=outputs.finish.at[row].set(finish, mode="drop"),
-        first_end_token=outputs.first_end_token.at[jnp.where(begins, row, outputs.lengths.shape[0])].set(drawn, mode="drop"),
-        first_end_log_prob=outputs.first_end_log_prob.at[jnp.where(begins, row, outputs.lengths.shape[0])].set(
-            end_log_prob, mode="drop"
-        ),
+        first_end_token=outputs.first_end_token.at[ending].set(drawn, mode="drop"),
+        first_end_log_prob=outputs.first_end_log_prob.at[ending].set(end_log_prob, mode="drop"),
     )
     # A trigger that is done makes way for the second look; a prefix, for the segment after its last token.
     trigger_done = (segment == TRIGGER) & ~in_prefix & (written >= asked.trigger_length)

@@ -1,9 +1,13 @@
-"""Requests in, completions out: the host's side of the decode loop."""
+"""Requests in, completions out: the host's side of the decode loop.
 
+Stop strings are sought in each response alone, in what was drawn: a trigger or a prefix that holds one stops nothing.
+The host looks every `steps_per_call` steps, to free the slot; where a completion is cut does not depend on that.
+"""
+
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +63,9 @@ class Budgets:
 
     @property
     def total(self) -> int:
-        if self.prefix_width:
-            return self.prefix_width + max(self.first, self.second)
-        return max(self.first, self.max_first + self.trigger_width + self.second if self.trigger_width else 0)
+        """Most tokens of a completion, inserted ones included."""
+        forced = self.max_first + self.trigger_width + self.second if self.trigger_width else 0
+        return self.prefix_width + max(self.first, self.second if self.prefix_width else 0, forced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,21 +119,21 @@ class Sampler:
             state = decode.run(
                 self.model, params, prefilled, asked, rules, state, len(requests), settings.steps_per_call
             )
-            outputs = state.outputs
             if settings.stop_strings:
-                outputs, state = self._stop_on_strings(state, settings.stop_strings)
+                state = self._free_stopped(state, requests, settings.stop_strings)
             done = bool((state.next_request >= len(requests)) & (state.slots.request < 0).all())
             if on_chunk is not None:
                 on_chunk()
-        host = jax.device_get(outputs)
-        images = sum(len(prompt.images) for prompt in prompts)
+        host = jax.device_get(state.outputs)
+        images = len({id(image) for prompt in prompts for image in prompt.images})
         counters = Counters(int(state.busy), int(state.step) * num_slots, images, len(prompts))
-        return [self._drawn(host, row) for row in range(len(requests))], counters
+        strings = settings.stop_strings
+        return [self._drawn(host, row, request, strings) for row, request in enumerate(requests)], counters
 
     def _prefill(self, params: Params, prompts: list[Prompt], num_prompts: int) -> decode.Prompts:
         images = max(1, num_prompts // 2)
         batch = pack_prompts(
-            prompts, self.geometry, batch_size=num_prompts, seq_minimum=64, vision_minimum=(bucket(images, 4), 4)
+            prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, vision_minimum=(bucket(images, 4), 4)
         )
         if batch.vision is not None:
             batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
@@ -159,7 +163,7 @@ class Sampler:
         samples = np.array([request.sample for request in requests], np.int32)
         return decode.Requests(
             prompt=np.array([place_of[id(request.prompt)] for request in requests], np.int32),
-            key=_keys(*name, hashes, samples),
+            key=_keys(*(np.uint32(number & 0xFFFFFFFF) for number in name), hashes, samples),
             budget=np.full(count, budgets.first, np.int32),
             prefix_ids=table([request.prefix_ids for request in requests], budgets.prefix_width),
             prefix_segments=table([request.prefix_segments for request in requests], budgets.prefix_width),
@@ -182,24 +186,48 @@ class Sampler:
         top_k, top_p, min_p = np.int32(settings.top_k), np.float32(settings.top_p), np.float32(settings.min_p)
         return decode.Rules(allowed, ends, top_k, top_p, min_p)
 
-    def _stop_on_strings(self, state: decode.LoopState, strings: tuple[str, ...]) -> tuple[Any, decode.LoopState]:
-        """Free the slots of completions that hold a stop string; `_drawn` cuts them."""
-        host = jax.device_get(state.outputs)
-        hit = np.zeros(len(host.lengths), bool)
-        for row, length in enumerate(host.lengths):
-            text = self.tokenizer.decode(host.tokens[row, :length])
-            hit[row] = host.finish[row] == decode.RUNNING and any(string in text for string in strings)
-        finish = np.where(hit, decode.STOP_STRING, host.finish)
-        slots = state.slots
-        freed = jnp.where((slots.request >= 0) & jnp.asarray(hit)[jnp.maximum(slots.request, 0)], -1, slots.request)
-        outputs = dataclasses.replace(state.outputs, finish=jnp.asarray(finish))
-        return outputs, dataclasses.replace(state, outputs=outputs, slots=dataclasses.replace(slots, request=freed))
+    def _free_stopped(
+        self, state: decode.LoopState, requests: Sequence[Request], strings: tuple[str, ...]
+    ) -> decode.LoopState:
+        """Free the slots whose completions hold a stop string; `_drawn` cuts them."""
+        host, in_slots = jax.device_get((state.outputs, state.slots.request))
+        stopped = np.zeros(len(requests), bool)
+        for row in in_slots[in_slots >= 0]:
+            length = host.lengths[row]
+            tokens, segments = host.tokens[row, :length], host.segments[row, :length]
+            stopped[row] = self._find_stop(tokens, segments, len(requests[row].prefix_ids), strings) is not None
+        slots = dataclasses.replace(state.slots, request=_without(state.slots.request, stopped))
+        return dataclasses.replace(state, slots=slots)
 
-    def _drawn(self, host: decode.Outputs, row: int) -> Drawn:
-        length = int(host.lengths[row])
-        reason: FinishReason = decode.FINISH_REASONS[int(host.finish[row])]
-        completion = self._completion(host.tokens[row, :length], host.log_probs[row, :length], host.segments[row, :length], reason)
-        if host.first_end_token[row] < 0:
+    def _find_stop(
+        self, tokens: np.ndarray, segments: np.ndarray, inserted: int, strings: tuple[str, ...]
+    ) -> "_Stop | None":
+        """Where the first stop string ends that was drawn behind the `inserted` first tokens."""
+        for segment in (FIRST, SECOND):
+            places = np.flatnonzero(segments == segment)
+            drawn = places[places >= inserted]
+
+            def text(count: int, drawn: np.ndarray = drawn) -> str:
+                return self.tokenizer.decode(tokens[drawn[:count]])
+
+            def holds(count: int, text: Callable[[int], str] = text) -> bool:
+                return any(string in text(count) for string in strings)
+
+            if holds(len(drawn)):
+                count = bisect.bisect_left(range(len(drawn) + 1), True, key=holds)
+                whole = text(count)
+                cut = min(whole.find(string) for string in strings if string in whole)
+                before = self.tokenizer.decode(tokens[places[places < inserted]])
+                return _Stop(int(drawn[count - 1]) + 1, before + whole[:cut])
+        return None
+
+    def _drawn(self, host: decode.Outputs, row: int, request: Request, strings: tuple[str, ...]) -> Drawn:
+        length = host.lengths[row]
+        tokens, segments = host.tokens[row, :length], host.segments[row, :length]
+        stop = self._find_stop(tokens, segments, len(request.prefix_ids), strings) if strings else None
+        reason = decode.FINISH_REASONS[host.finish[row]] if stop is None else "stop_string"
+        completion = self._completion(tokens, host.log_probs[row, :length], segments, reason, stop)
+        if host.first_end_token[row] < 0 or not completion.forced:
             return Drawn(completion)
         count = int((completion.segments == FIRST).sum())
         first = self._completion(
@@ -211,23 +239,50 @@ class Sampler:
         return Drawn(completion, first)
 
     def _completion(
-        self, token_ids: np.ndarray, log_probs: np.ndarray, segments: np.ndarray, reason: FinishReason
+        self,
+        token_ids: np.ndarray,
+        log_probs: np.ndarray,
+        segments: np.ndarray,
+        reason: FinishReason,
+        stop: "_Stop | None" = None,
     ) -> Completion:
-        shown = slice(None, -1 if reason == "stop" else None)  # without the end token
-        present = [number for number in (FIRST, TRIGGER, SECOND) if (segments[shown] == number).any()]
-        parts = tuple((number, self.tokenizer.decode(token_ids[shown][segments[shown] == number])) for number in present)
-        return Completion(token_ids, log_probs, segments, reason, self.tokenizer.decode(token_ids[shown]), parts)
+        length = len(token_ids) if stop is None else stop.length
+        token_ids, log_probs, segments = token_ids[:length], log_probs[:length], segments[:length]
+        shown = length - (reason == "stop")  # without the end token
+        ids = token_ids[:shown]
+        parts = [(n, ids[segments[:shown] == n]) for n in (FIRST, TRIGGER, SECOND)]
+        texts = [(number, self.tokenizer.decode(part)) for number, part in parts if len(part)]
+        if stop is not None:
+            texts[-1] = (texts[-1][0], stop.text)
+            return Completion(token_ids, log_probs, segments, reason, "".join(text for _, text in texts), tuple(texts))
+        text = texts[0][1] if len(texts) == 1 else self.tokenizer.decode(ids)
+        return Completion(token_ids, log_probs, segments, reason, text, tuple(texts))
 
 
-@functools.partial(jax.jit)
-def _keys(seed: jax.Array, step: jax.Array, hashes: jax.Array, samples: jax.Array) -> jax.Array:
-    return request_keys(seed, step, hashes, samples)
+@dataclasses.dataclass(frozen=True)
+class _Stop:
+    """A stop string that was drawn: tokens up to it, it included, and the text of its response in front of it."""
+
+    length: int
+    text: str
 
 
-def _start(model: Model, mesh: Mesh, prompts: decode.Prompts, num_requests: int, num_slots: int, length: int) -> decode.LoopState:
+_keys = jax.jit(request_keys)
+
+
+@jax.jit
+def _without(in_slots: jax.Array, stopped: jax.Array) -> jax.Array:
+    """Requests in slots, -1 where the slot was idle or its request is `stopped`."""
+    return jnp.where((in_slots >= 0) & stopped[jnp.maximum(in_slots, 0)], -1, in_slots)
+
+
+def _start(
+    model: Model, mesh: Mesh, prompts: decode.Prompts, num_requests: int, num_slots: int, length: int
+) -> decode.LoopState:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = ROWS if num_slots % shards == 0 else PartitionSpec()
-    return _start_jitted(model, NamedSharding(mesh, rows), NamedSharding(mesh, PartitionSpec()), prompts, num_requests, num_slots, length)
+    rows = NamedSharding(mesh, ROWS if num_slots % shards == 0 else PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
+    return _start_jitted(model, rows, whole, prompts, num_requests, num_slots, length)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4, 5, 6))

@@ -63,12 +63,52 @@ def pack_rows(rows: Sequence[TrainRow], geometry: VisionGeometry, completion_len
     `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its
     encoding.
     """
+    return pack_micro_batches(rows, geometry, completion_length, num_rows, num_rows)[0]
+
+
+def pack_micro_batches(
+    rows: Sequence[TrainRow], geometry: VisionGeometry, completion_length: int, num_rows: int, micro_rows: int
+) -> list[TrainBatch]:
+    """`rows`, padded with empty ones to `num_rows`, as batches of `micro_rows` rows, all of one shape.
+
+    The update stacks them, so a batch of short rows is as long as the longest, and one without images, or without rows
+    at all, has room for images if another has some. Raises ValueError for more rows than `num_rows`.
+    """
+    if len(rows) > num_rows:
+        raise ValueError(f"pack_micro_batches wants at most {num_rows} rows, got {len(rows)}")
+    chunks = [rows[start : start + micro_rows] for start in range(0, num_rows, micro_rows)]
+    seq = round_up(max((len(row.prompt) + len(row.completion_ids) for row in rows), default=0), SEQ_STEP)
     length = round_up(completion_length, COMPLETION_STEP)
-    seq = round_up(max(len(row.prompt) + len(row.completion_ids) for row in rows), SEQ_STEP)
-    images: dict[int, ImagePatches] = {id(image): image for row in rows for image in row.prompt.images}
+    visions = _pack_visions(chunks, geometry, micro_rows)
+    return [_lay_out(chunk, vision, micro_rows, seq, length) for chunk, vision in zip(chunks, visions, strict=True)]
+
+
+def _unique_images(rows: Sequence[TrainRow]) -> dict[int, ImagePatches]:
+    return {id(image): image for row in rows for image in row.prompt.images}
+
+
+def _pack_visions(
+    chunks: Sequence[Sequence[TrainRow]], geometry: VisionGeometry, micro_rows: int
+) -> Sequence[VisionBatch | None]:
+    """The images of every chunk, in one shape; None for all where there are none."""
     # Half a row an image is the usual need; a common minimum keeps the number of compiled shapes small.
-    vision = pack_images(list(images.values()), geometry, minimum=(max(1, num_rows // 2), 4)) if images else None
-    order = {key: number for number, key in enumerate(images)}
+    minimum = (max(1, micro_rows // 2), 4)
+    images = [list(_unique_images(chunk).values()) for chunk in chunks]
+    while True:
+        visions = [pack_images(some, geometry, minimum=minimum) if some else None for some in images]
+        found = [vision for vision in visions if vision is not None]
+        if len({vision.shape for vision in found}) <= 1:
+            break
+        minimum = (max(vision.shape[0] for vision in found), max(vision.shape[1] for vision in found))
+    if not found:
+        return visions
+    like = found[0]
+    empty = VisionBatch(*(np.zeros_like(array) for array in (like.patches, like.hw, like.segment, like.valid)), ())
+    return [empty if vision is None else vision for vision in visions]
+
+
+def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int, seq: int, length: int) -> TrainBatch:
+    order = {key: number for number, key in enumerate(_unique_images(rows))}
     text = TextBatch(
         token_ids=np.zeros((num_rows, seq), np.int32),
         positions=np.zeros((3, num_rows, seq), np.int32),

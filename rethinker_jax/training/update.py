@@ -44,6 +44,11 @@ class UpdateRule:
     freeze: tuple[str, ...] = ()
 
 
+def _is_masked(node: Any) -> bool:
+    """Is this the optimizer's filler for a frozen parameter."""
+    return isinstance(node, optax.MaskedNode)
+
+
 class Updater:
     """One jitted optimizer step for parameters that lie as `params` do.
 
@@ -58,10 +63,11 @@ class Updater:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         opt_state = optax.tree.map_params(
             rule.optimizer,
-            lambda _, sharding: sharding,
+            lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
             jax.eval_shape(rule.optimizer.init, params),
             shardings,
             transform_non_params=lambda _: whole,
+            is_leaf=_is_masked,
         )
         places: Any = (shardings, opt_state, whole, whole)
         self._places = TrainState(*places)
@@ -130,8 +136,8 @@ def _loss(
         "clip_high_fraction": jnp.sum(
             weights.entropy * ((ratio > 1 + config.clip_high) & (batch.advantages[:, None] > 0))
         ),
-        "old_log_prob_gap": jnp.sum(gap) / jnp.maximum(counts["fresh"], 1.0),
-        "old_log_prob_gap_max": jnp.max(gap),
+        "sampler_trainer_gap": jnp.sum(gap) / jnp.maximum(counts["fresh"], 1.0),
+        "sampler_trainer_gap_max": jnp.max(gap),
     }
     return loss, sums
 
@@ -153,7 +159,7 @@ def update_step(rule: UpdateRule, state: TrainState, batches: TrainBatch) -> tup
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     grads, sums = jax.lax.scan(accumulate, zeros, batches)
     metrics = {name: values.max() if name.endswith("_max") else values.sum() for name, values in sums.items()}
-    metrics["gradient_norm"] = optax.global_norm(grads)
+    metrics["gradient_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(metrics["loss"])
     updates, opt_state = rule.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,136 @@
+"""The model, prompts and oracles of the decoding tests. As a program: a few completions on a mesh, as JSON.
+
+    python tests/sampling_cases.py MODEL_DIRECTORY
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rethinker_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig
+from rethinker_jax.example.model_config import build_model_directory
+from rethinker_jax.example.tasks import make_task
+from rethinker_jax.models.qwen25vl import Model, Params
+from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
+from rethinker_jax.prompts.positions import mrope_positions
+from rethinker_jax.sampling import decode
+from rethinker_jax.sampling.sampler import Budgets, Request
+from rethinker_jax.system import System, load_system
+from rethinker_jax.types import Completion, Prompt
+
+TASKS = (0, 1, 3, 6, 8, 16)  # one image three times, two images, none, two images
+NUM_SAMPLES = 4
+NEW = 10  # tokens
+MESHES = (MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2))
+MESH_BUDGETS = Budgets(first=6)
+MESH_SETTINGS = SamplingConfig(num_slots=8, steps_per_call=4)
+
+
+def build_directory(directory: Path) -> None:
+    """The example's model directory, one layer shorter."""
+    build_model_directory(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 2}))
+
+
+def make_config(directory: Path, mesh: MeshConfig) -> Config:
+    return Config(
+        model=ModelConfig(path=str(directory), init="random"), mesh=mesh, data=DataConfig(prompt_template="none")
+    )
+
+
+def make_system(config: Config) -> System:
+    """A random model whose next token hangs on what it sees: no norm or bias at its default, logits of size 3."""
+    system = load_system(config)
+
+    def roughen(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(value.shape)
+        if name.endswith("['scale']"):
+            rough = 1.0 + 0.3 * noise
+        elif name.endswith(("['bias']", "['output_bias']")):
+            rough = 0.3 * noise
+        else:
+            rough = np.asarray(value) * (15.0 if name.endswith("['embedding']") else 2.0)
+        return jax.device_put(rough.astype(np.float32), value.sharding)
+
+    return dataclasses.replace(system, params=jax.tree_util.tree_map_with_path(roughen, system.params))
+
+
+def make_prompts(system: System) -> list[Prompt]:
+    return [system.builder.build(make_task(0, index).problem) for index in TASKS]
+
+
+def make_requests(prompts: Sequence[Prompt]) -> list[Request]:
+    return [Request(prompt, sample) for prompt in prompts for sample in range(NUM_SAMPLES)]
+
+
+def grown(prompt: Prompt, ids: np.ndarray, system: System) -> Prompt:
+    """The prompt with `ids` behind it, positions made anew for the whole."""
+    token_ids = np.concatenate([prompt.token_ids, ids]).astype(np.int32)
+    grids = [image.grid for image in prompt.images]
+    positions, after = mrope_positions(token_ids, system.tokenizer.image_token_id, grids, system.geometry.merge_size)
+    index = np.append(prompt.image_index, np.full(len(ids), -1)).astype(np.int32)
+    return dataclasses.replace(prompt, token_ids=token_ids, positions=positions, image_index=index, next_position=after)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def last_logits(model: Model, params: Params, batch: PromptBatch) -> jax.Array:
+    table = None if batch.vision is None else model.encode_images(params, batch.vision)
+    hidden = model.hidden(params, batch.text, table)
+    last = jnp.take_along_axis(hidden, (batch.text.lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.logits(params, last)
+
+
+def naive_greedy(system: System, prompts: Sequence[Prompt], count: int) -> list[list[int]]:
+    """`count` most probable tokens for each prompt, by the whole model on the growing sequence; no caches, no slots."""
+    params, never = system.params, system.sampler.never
+    ids: list[list[int]] = [[] for _ in prompts]
+    for _ in range(count):
+        longer = [grown(prompt, np.array(tokens, np.int32), system) for prompt, tokens in zip(prompts, ids, strict=True)]
+        batch = pack_prompts(longer, system.geometry, seq_minimum=128, vision_buckets=[(8, 4)])
+        assert batch.vision is not None
+        batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
+        logits = np.array(last_logits(system.model, params, batch))
+        logits[:, never] = -np.inf
+        for tokens, row in zip(ids, logits, strict=True):
+            tokens.append(int(row.argmax()))
+    return ids
+
+
+def mesh_completions(system: System) -> list[Completion]:
+    """What is drawn on a mesh, and with all prompts in another order of slots than on one device."""
+    requests = make_requests(make_prompts(system))
+    drawn, _ = system.sampler.generate(
+        system.sampling_params(system.params), requests, MESH_SETTINGS, MESH_BUDGETS, seed=3, step=5, num_prompts=8
+    )
+    return [one.completion for one in drawn]
+
+
+def main(directory: Path) -> None:
+    """Print, for every mesh, the completions' tokens and log-probs, and how many decode loops were compiled for them."""
+    found = []
+    for mesh in MESHES:
+        decode.run.clear_cache()
+        drawn = mesh_completions(make_system(make_config(directory, mesh)))
+        found.append(
+            {
+                "ids": [completion.token_ids.tolist() for completion in drawn],
+                "log_probs": [completion.log_probs.tolist() for completion in drawn],
+                "compiled": decode.run._cache_size(),
+            }
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
