@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import config_hash, find_config, load_config, load_defaults
@@ -33,6 +33,8 @@ from rethinker_jax.sft import fine_tune
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     kind: Literal["sft", "rl"]
     starts_from: str = "previous"
@@ -42,6 +44,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     model: str = "example"
@@ -51,7 +55,7 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe. Raises UserError with everything that is wrong."""
     try:
-        recipe = TypeAdapter(Recipe, config={"extra": "forbid"}).validate_python(yaml.safe_load(path.read_text()))
+        recipe = TypeAdapter(Recipe).validate_python(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: wanted YAML ({error}).") from error
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """The model, prompts and oracles of the decoding tests. As a program: a few completions on a mesh, as JSON.
 
-    python tests/sampling_cases.py MODEL_DIRECTORY
+python tests/sampling_cases.py MODEL_DIRECTORY
 """
 
 import dataclasses
@@ -96,7 +96,9 @@ def naive_greedy(system: System, prompts: Sequence[Prompt], count: int) -> list[
     params, never = system.params, system.sampler.never
     ids: list[list[int]] = [[] for _ in prompts]
     for _ in range(count):
-        longer = [grown(prompt, np.array(tokens, np.int32), system) for prompt, tokens in zip(prompts, ids, strict=True)]
+        longer = [
+            grown(prompt, np.array(tokens, np.int32), system) for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
         batch = pack_prompts(longer, system.geometry, seq_minimum=128, vision_buckets=[(8, 4)])
         assert batch.vision is not None
         batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
@@ -117,7 +119,7 @@ def mesh_completions(system: System) -> list[Completion]:
 
 
 def main(directory: Path) -> None:
-    """Print, for every mesh, the completions' tokens and log-probs, and how many decode loops were compiled for them."""
+    """Print for every mesh the completions' tokens and log-probs, and how many decode loops were compiled."""
     found = []
     for mesh in MESHES:
         decode.run.clear_cache()

@@ -187,7 +187,7 @@ def test_the_gap_to_the_sampler_is_zero_where_it_is_the_same_policy(tiny):
     """Catches a gap of masked tokens (inserted triggers), of replayed rows, whose policy was another, and none at all."""
     rows = tiny.own(make_rows(tiny))
     _, metrics = tiny.step(tiny.pack(rows))
-    assert metrics["old_log_prob_gap_max"] < 1e-4
+    assert metrics["sampler_trainer_gap_max"] < 1e-4
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4)
 
     masked = rows[0].old_log_probs + np.where(rows[0].loss_mask, 0, 3).astype(np.float32)
@@ -197,13 +197,13 @@ def test_the_gap_to_the_sampler_is_zero_where_it_is_the_same_policy(tiny):
         dataclasses.replace(rows[1], old_log_probs=older, fresh=False),
         rows[2],
     ]
-    assert tiny.step(tiny.pack(others))[1]["old_log_prob_gap_max"] < 1e-4
+    assert tiny.step(tiny.pack(others))[1]["sampler_trainer_gap_max"] < 1e-4
 
     far = dataclasses.replace(rows[1], old_log_probs=older)
     _, metrics = tiny.step(tiny.pack([rows[0], far, rows[2]]))
-    assert metrics["old_log_prob_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics["sampler_trainer_gap_max"] == pytest.approx(0.5, abs=1e-4)
     # 4 + 7 + 10 policy tokens, 7 of them half a nat off
-    assert metrics["old_log_prob_gap"] == pytest.approx(0.5 * 7 / 21, abs=1e-4)
+    assert metrics["sampler_trainer_gap"] == pytest.approx(0.5 * 7 / 21, abs=1e-4)
 
 
 # --- what moves ----------------------------------------------------------------------------------------------------
@@ -400,7 +400,8 @@ def test_chunks_of_logits_change_nothing(tiny, monkeypatch, tokens_per_chunk):
 
 
 def test_learning_rates():
-    """Catches warm-up counted twice in the cosine, and a rate that ends at 0 instead of its final fraction."""
+    """Catches warm-up counted twice in the cosine, a rate that ends at 0 instead of its final fraction, and one that
+    stays 0 for good where there is no warm-up."""
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=4)
     rate = learning_rate_schedule(config, 8)
     np.testing.assert_allclose([rate(step) for step in range(6)], [0, 0.25, 0.5, 0.75, 1, 1])
@@ -408,3 +409,5 @@ def test_learning_rates():
     rate = learning_rate_schedule(config, 8)
     # half way between step 4 and 8 the cosine is half way between 1 and 1/2
     np.testing.assert_allclose([rate(step) for step in (0, 2, 4, 6, 8, 99)], [0, 0.5, 1, 0.75, 0.5, 0.5], rtol=1e-6)
+    for schedule in ("constant", "cosine"):
+        assert float(learning_rate_schedule(dataclasses.replace(config, schedule=schedule, warmup_steps=0), 8)(0)) == 1

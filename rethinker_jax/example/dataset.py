@@ -48,7 +48,7 @@ class SftExample:
 
 
 def sft_examples(
-    stage: Stage, seed: int, index: int, second_look_share: float = 0.2, silent: float = 0.0
+    stage: str, seed: int, index: int, second_look_share: float = 0.2, silent: float = 0.0
 ) -> SftExample:
     """The index-th fine-tuning example of a stage, from the training part; a pure function of its arguments.
 

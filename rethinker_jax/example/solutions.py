@@ -39,6 +39,7 @@ class Task:
     working  the correct steps, without the boxed answer.
     numbers  the addends (sum, pair, text), the heights of the bars (tallest), or nine 0/1 flags in reading order
              (count).
+    names    what stands in the nine cells of a count, a colour or "no".
     caption  the whole picture in reading order; "" where there is no picture.
     """
 
@@ -47,6 +48,7 @@ class Task:
     working: str
     numbers: tuple[int, ...]
     caption: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -57,11 +59,14 @@ def boxed(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
 
 
-def work(kind: str, numbers: Sequence[int], add_errors: Sequence[int] = ()) -> tuple[str, str]:
+def work(
+    kind: str, numbers: Sequence[int], add_errors: Sequence[int] = (), names: Sequence[str] = ()
+) -> tuple[str, str]:
     """Steps and final answer that follow from the numbers read; `add_errors[i]` is added to the i-th addition's result.
 
-    Adding kinds give the running total, "3+4=7,+1=8"; count gives the running count, a row of the picture per group,
-    "011 122 233"; tallest gives "A=3 B=7 C=5".
+    Adding kinds give the running total, "3+4=7,+1=8"; count goes through the cells, with a number where one counts and
+    its name where it does not, "blue1 no green23 no blue green"; tallest gives "A=3 B=7 C=5". Naming what is passed over
+    makes a tiny model look at every cell: with a bare running count it stayed at guessing (docs/log.md).
     """
     if kind in ADDING_KINDS:
         total, steps = numbers[0], str(numbers[0])
@@ -71,8 +76,8 @@ def work(kind: str, numbers: Sequence[int], add_errors: Sequence[int] = ()) -> t
         return steps, str(total)
     if kind == "count":
         running = np.cumsum(numbers)
-        rows = ["".join(str(value) for value in running[start : start + 3]) for start in (0, 3, 6)]
-        return " ".join(rows), str(running[-1])
+        steps = "".join(str(so_far) if flag else f" {name}" for flag, so_far, name in zip(numbers, running, names, strict=True))
+        return steps.strip(), str(running[-1])
     steps = [f"{name}={height}" for name, height in zip(BAR_NAMES, numbers, strict=True)]
     return " ".join(steps), BAR_NAMES[int(np.argmax(numbers))]
 
@@ -82,7 +87,8 @@ def slip(task: Task, rng: np.random.Generator) -> tuple[str, str]:
     numbers = list(task.numbers)
     if task.kind == "count":
         flips = rng.random(len(numbers)) < COUNT_SLIP
-        return work(task.kind, [number ^ int(flip) for number, flip in zip(numbers, flips, strict=True)])
+        flags = [number ^ int(flip) for number, flip in zip(numbers, flips, strict=True)]
+        return work(task.kind, flags, names=task.names)
     for place in np.flatnonzero(rng.random(len(numbers)) < READ_SLIP):
         if task.kind == "tallest":  # never a height that another bar has: the answer must stay unique
             others = [height for height in range(1, MAX_BAR + 1) if height not in numbers]

@@ -105,6 +105,11 @@ def _caption(scene: _Scene) -> str:
     return describe([cell for grid in scene.grids for row in grid for cell in row])
 
 
+def cell_names(grid: tuple[tuple[Cell, ...], ...]) -> tuple[str, ...]:
+    """The colours of the cells in reading order, "no" where there is none."""
+    return tuple("no" if cell is None else cell[0] for row in grid for cell in row)
+
+
 def make_task(seed: int, index: int, part: str = "train") -> Task:
     """The index-th task of a seed, from one part of all there is (`PARTS`). About 0.3 ms.
 
@@ -120,7 +125,8 @@ def make_task(seed: int, index: int, part: str = "train") -> Task:
     images = [grid_picture(grid, rng) for grid in scene.grids]
     if scene.bars:
         images.append(bar_picture(scene.bars, scene.numbers, rng))
-    working, answer = work(kind, scene.numbers)
+    names = cell_names(scene.grids[0]) if kind == "count" else ()
+    working, answer = work(kind, scene.numbers, names=names)
     choices = BAR_NAMES if kind == "tallest" else ()
     problem = Problem(
         id=f"{kind}-{seed}-{index}",
@@ -131,7 +137,7 @@ def make_task(seed: int, index: int, part: str = "train") -> Task:
         type="mcq" if choices else "number",
         source=kind,
     )
-    return Task(problem, kind, working, scene.numbers, _caption(scene))
+    return Task(problem, kind, working, scene.numbers, _caption(scene), names)
 
 
 def make_tasks(seed: int, count: int, part: str = "train") -> list[Task]:

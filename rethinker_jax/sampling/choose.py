@@ -61,7 +61,7 @@ def choose_tokens(
 def _inverse_cdf(probs: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:
     """First token at which the running sum exceeds uniform · total, found in blocks of blocks from the coarsest down.
 
-    A token of probability zero is never returned. The running sums alone do not promise that: rounding may let them rise
+    A token of probability zero is never returned. The running sums alone do not promise it: rounding may let them rise
     where nothing is added, or leave the last one with mass below the target.
     """
     levels = [probs]
@@ -104,7 +104,7 @@ def _truncate(probs: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
 def _largest_threshold(bits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Largest threshold per row at which `enough(bits >= threshold)` holds, by bisection over 31 bits."""
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         good = enough(bits >= middle[:, None])

@@ -27,6 +27,8 @@ def frozen_mask(params: Any, freeze: Sequence[str]) -> Any:
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
     """Linear warm-up, then constant, or cosine down to `final_fraction` of the rate at `num_updates`."""
     if config.schedule == "constant":
+        if config.warmup_steps == 0:  # optax would stay at the rate that a warm-up begins with, 0
+            return optax.constant_schedule(config.learning_rate)
         return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
     return optax.warmup_cosine_decay_schedule(
         0.0,

@@ -1,0 +1,440 @@
+"""The decode loop against the trainer's log-probs, against a loop without caches, and against itself on other shapes.
+
+Randomness is named by (seed, step, problem, sample, segment, position), so what a request draws is known from one call
+and must come again in every other: with other end tokens it is the same completion, cut.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from sampling_cases import (
+    NEW,
+    NUM_SAMPLES,
+    build_directory,
+    grown,
+    make_config,
+    make_prompts,
+    make_requests,
+    make_system,
+    mesh_completions,
+    naive_greedy,
+)
+
+from rethinker_jax.config import LossConfig, MeshConfig, SamplingConfig
+from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
+from rethinker_jax.system import System, make_updater
+from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.update import Updater
+from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Prompt
+
+PLAIN = Budgets(first=NEW)
+SECOND_LOOK = 5
+MAX_FIRST = 7
+FORCED = Budgets(first=NEW, second=SECOND_LOOK, max_first=MAX_FIRST, trigger_width=4)
+CONTINUED = Budgets(first=MAX_FIRST, second=SECOND_LOOK, prefix_width=MAX_FIRST + 4)
+NEAR = 1e-5  # between log-probs of other shapes; sums are taken in another order
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in both layouts, requests, and what they draw when nothing ends them."""
+
+    directory: Path
+    system: System
+    params: Params
+    updater: Updater
+    requests: list[Request]
+    trigger: np.ndarray
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [request.prompt for request in self.requests[::NUM_SAMPLES]]
+
+    def generate(
+        self,
+        requests: Sequence[Request] | None = None,
+        budgets: Budgets = PLAIN,
+        *,
+        ends: tuple[int, ...] | None = None,
+        seed: int = 0,
+        step: int = 0,
+        second_temperature: float = 0.9,
+        num_prompts: int | None = None,
+        **settings: Any,
+    ) -> tuple[list[Drawn], Counters]:
+        sampler = self.system.sampler
+        return dataclasses.replace(sampler, end_ids=sampler.end_ids if ends is None else ends).generate(
+            self.params, self.requests if requests is None else requests, SamplingConfig(**settings), budgets,
+            seed=seed, step=step, second_temperature=second_temperature, num_prompts=num_prompts,
+        )  # fmt: skip
+
+    def draw(self, *args: Any, **options: Any) -> list[Completion]:
+        return [one.completion for one in self.generate(*args, **options)[0]]
+
+    @functools.cached_property
+    def free(self) -> list[Completion]:
+        """All requests' completions, which only their budget ends."""
+        return self.draw(ignore_eos=True)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, int, int]:
+        """Three tokens that end many of the `free` completions early; one of them no first one of any."""
+        firsts = {int(one.token_ids[0]) for one in self.free}
+        counts = np.bincount(np.concatenate([one.token_ids[1:6] for one in self.free]))
+        common = [int(token) for token in np.argsort(-counts)]
+        return common[0], common[1], next(token for token in common[2:] if token not in firsts)
+
+    @functools.cached_property
+    def forced_requests(self) -> list[Request]:
+        """Every second request has the trigger."""
+        return [
+            dataclasses.replace(one, trigger_ids=self.trigger) if place % 2 else one
+            for place, one in enumerate(self.requests)
+        ]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    directory = tmp_path_factory.mktemp("model")
+    build_directory(directory)
+    config = make_config(directory, MeshConfig())
+    system = make_system(config)
+    return Loaded(
+        directory, system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
+        make_requests(make_prompts(system)), system.tokenizer.encode("\n\nWait"),
+    )  # fmt: skip
+
+
+def cut_at(completion: Completion, ends: Sequence[int], budget: int = NEW) -> tuple[list[int], str]:
+    """Tokens and finish reason that a `free` completion would have if `ends` ended it."""
+    places = np.flatnonzero(np.isin(completion.token_ids[:budget], ends))
+    if len(places) == 0:
+        return completion.token_ids[:budget].tolist(), "length"
+    return completion.token_ids[: places[0] + 1].tolist(), "stop"
+
+
+def assert_same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+    assert [one.token_ids.tolist() for one in ours] == [one.token_ids.tolist() for one in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=NEAR)
+        assert (a.finish_reason, a.text, a.parts) == (b.finish_reason, b.text, b.parts)
+
+
+def trainer_log_probs(loaded: Loaded, completions: Sequence[Completion]) -> list[np.ndarray]:
+    rows = []
+    for request, one in zip(loaded.requests, completions, strict=True):
+        none = np.zeros(len(one), bool)
+        rows.append(TrainRow(request.prompt, one.token_ids, none, none, np.zeros(len(one), np.float32)))
+    batch = pack_rows(rows, loaded.system.geometry, FORCED.total, len(rows))
+    found = np.asarray(loaded.updater.log_probs(loaded.system.params, batch))
+    return [row[: len(one)] for row, one in zip(found, completions, strict=True)]
+
+
+# --- the trainer, and the model without caches ----------------------------------------------------------------------
+
+
+def test_log_probs_are_the_trainers(loaded: Loaded) -> None:
+    """Catches log-probs of the truncated or tempered distribution, of the replaced end token, or one place off."""
+    drawn, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends, temperature=0.8, top_p=0.9)
+    whole = [one.completion for one in drawn]
+    firsts = [one.first or one.completion for one in drawn]
+    assert sum(one.forced for one in whole) >= 4 and {one.finish_reason for one in whole} == {"stop", "length"}
+    for completions in (whole, firsts):
+        for ours, theirs in zip(completions, trainer_log_probs(loaded, completions), strict=True):
+            np.testing.assert_allclose(ours.log_probs, theirs, rtol=0, atol=1e-4)
+
+
+def test_greedy_is_that_of_a_loop_without_caches(loaded: Loaded) -> None:
+    """Catches what each part may do right and the loop wrong: positions, masks, the ring, the first token's logits."""
+    found = loaded.draw(temperature=0.0, ignore_eos=True)
+    wanted = naive_greedy(loaded.system, loaded.prompts, NEW)
+    assert len({tuple(ids) for ids in wanted}) == len(wanted)  # the prompts matter
+    for place, request in enumerate(loaded.requests):
+        assert found[place].token_ids.tolist() == wanted[loaded.prompts.index(request.prompt)]
+
+
+# --- shapes that must not matter ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_slots": 1}, {"num_slots": 3}, {"num_slots": 64}, {"num_prompts": 9}, {"steps_per_call": 1}],
+    ids=str,
+)
+def test_shapes_change_nothing(loaded: Loaded, options: dict[str, int]) -> None:
+    """Catches keys and values of the slot's last request, noise by slot or loop step, results put in slot order."""
+    wanted = [cut_at(one, loaded.ends) for one in loaded.free]
+    found = loaded.draw(ends=loaded.ends, **options)
+    assert [(one.token_ids.tolist(), one.finish_reason) for one in found] == wanted
+    for one, free in zip(found, loaded.free, strict=True):
+        np.testing.assert_allclose(one.log_probs, free.log_probs[: len(one)], rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize("num_slots", [0, 3])
+def test_order_of_requests_changes_nothing(loaded: Loaded, num_slots: int) -> None:
+    """Catches noise by the request's place, and prompts mistaken for each other."""
+    order = np.random.default_rng(0).permutation(len(loaded.requests))
+    found = loaded.draw([loaded.requests[place] for place in order], ends=loaded.ends, num_slots=num_slots)
+    assert [(found[i].token_ids.tolist(), found[i].finish_reason) for i in np.argsort(order)] == [
+        cut_at(one, loaded.ends) for one in loaded.free
+    ]
+
+
+def test_eight_devices_draw_what_one_does(loaded: Loaded) -> None:
+    """Catches shardings that mix up slots or heads, and a loop that is compiled again for the state it returned."""
+    wanted = mesh_completions(loaded.system)
+    script = Path(__file__).parent / "sampling_cases.py"
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, script, loaded.directory], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    meshes = json.loads(done.stdout.splitlines()[-1])
+    assert len(meshes) == 2
+    for found in meshes:
+        assert found["ids"] == [one.token_ids.tolist() for one in wanted]
+        assert found["compiled"] == 1
+        for ours, theirs in zip(found["log_probs"], wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs.log_probs, rtol=0, atol=NEAR)
+
+
+def test_only_shapes_are_compiled(loaded: Loaded) -> None:
+    """Catches settings, seeds or the number of samples left as constants of the trace."""
+    requests = [dataclasses.replace(one, sample=one.sample + 7) for one in loaded.requests[::-1]]
+    loaded.generate(ends=loaded.ends, stop_strings=("never",))
+    compiled: list[str] = []
+
+    def count(event: str, _: float, **__: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        loaded.generate(
+            requests, ends=loaded.ends[:1], seed=2**31 + 1, step=4, temperature=0.5, top_k=9, top_p=0.8, min_p=0.1,
+            steps_per_call=3, stop_strings=("no", "yes"),
+        )  # fmt: skip
+        assert compiled == []
+        loaded.generate(requests[:2])  # another number of requests is another shape, so the count works
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+# --- randomness by name ---------------------------------------------------------------------------------------------
+
+
+def test_randomness_has_a_name(loaded: Loaded) -> None:
+    """Catches samples that share noise, a step that draws what the last one drew, and a seed that is not read."""
+    free = [tuple(one.token_ids.tolist()) for one in loaded.free]
+    assert len(set(free)) == len(free)
+    again, step, seed = (
+        [tuple(one.token_ids.tolist()) for one in loaded.draw(ignore_eos=True, **name)]
+        for name in ({}, {"step": 1}, {"seed": 1})
+    )
+    assert again == free
+    for other in (step, seed):
+        assert sum(a == b for a, b in zip(other, free, strict=True)) == 0
+    assert step != seed
+
+
+# --- what ends a completion -----------------------------------------------------------------------------------------
+
+
+def test_end_tokens_and_budgets(loaded: Loaded) -> None:
+    """Catches one end id of several that is not heeded, a text with the end token, a budget off by one."""
+    found = loaded.draw(ends=loaded.ends)
+    wanted = [cut_at(one, loaded.ends) for one in loaded.free]
+    assert [(one.token_ids.tolist(), one.finish_reason) for one in found] == wanted
+    assert {one.token_ids[-1] for one in found if one.finish_reason == "stop"} == set(loaded.ends)
+    assert {len(one) for one in found if one.finish_reason == "length"} == {NEW}
+    for one in found:
+        shown = one.token_ids[:-1] if one.finish_reason == "stop" else one.token_ids
+        assert one.text == loaded.system.tokenizer.decode(shown)
+        assert "".join(text for _, text in one.parts) == one.text and (one.segments == FIRST).all()
+
+
+def test_ignored_end_tokens_are_not_drawn(loaded: Loaded) -> None:
+    """Catches an end token that is drawn and gone past: the completion would say so and still be trained on."""
+    found = loaded.draw(ends=loaded.ends, ignore_eos=True)
+    assert {(len(one), one.finish_reason) for one in found} == {(NEW, "length")}
+    assert not np.isin([one.token_ids for one in found], loaded.ends).any()
+    assert np.isin([one.token_ids for one in loaded.free], loaded.ends).any()
+
+
+def printable(loaded: Loaded, completions: Sequence[Completion]) -> str:
+    """A string that begins inside one token and ends inside the next, drawn by one of the completions."""
+    for one in completions:
+        for place in range(2, len(one) - 2):
+            pair = [loaded.system.tokenizer.decode([token]) for token in one.token_ids[place : place + 2]]
+            if all(len(text) >= 2 and text.isascii() and text.isprintable() for text in pair):
+                return pair[0][1:] + pair[1][:-1]
+    raise AssertionError("no two neighbouring tokens are long enough")
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 64])
+def test_stop_strings(loaded: Loaded, steps_per_call: int) -> None:
+    """Catches a cut that hangs on when the host looked, a text with the string, one across tokens missed."""
+    tokenizer = loaded.system.tokenizer
+    strings = (printable(loaded, loaded.free), printable(loaded, loaded.free[12:]))
+    found = loaded.draw(ends=loaded.ends[2:], stop_strings=strings, steps_per_call=steps_per_call)
+    plain = loaded.draw(ends=loaded.ends[2:])
+    stopped = 0
+    for ours, whole in zip(found, plain, strict=True):
+        texts = [tokenizer.decode(whole.token_ids[:count]) for count in range(len(whole) + 1)]
+        cut = [count for count, text in enumerate(texts) if any(string in text for string in strings)]
+        if not cut:
+            assert_same([ours], [whole])
+            continue
+        stopped += 1
+        assert ours.token_ids.tolist() == whole.token_ids[: cut[0]].tolist()
+        assert len(ours.log_probs) == len(ours.segments) == cut[0]
+        text = texts[cut[0]]
+        assert ours.text == text[: min(text.find(string) for string in strings if string in text)]
+        assert ours.parts == ((FIRST, ours.text),) and ours.finish_reason == "stop_string"
+    assert 2 <= stopped < len(found)
+
+
+# --- second looks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trigger_takes_the_place_of_the_end_token(loaded: Loaded) -> None:
+    """Catches a second look on a response that was cut off or too long, and first responses that triggers change."""
+    plain = loaded.draw(ends=loaded.ends, budgets=FORCED)
+    drawn, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends)
+    assert [(one.token_ids.tolist(), one.finish_reason) for one in plain] == [
+        cut_at(one, loaded.ends) for one in loaded.free
+    ]
+    width = len(loaded.trigger)
+    seen = set()
+    for request, one, alone in zip(loaded.forced_requests, drawn, plain, strict=True):
+        eligible = alone.finish_reason == "stop" and len(alone) <= MAX_FIRST
+        seen.add((len(request.trigger_ids) > 0, alone.finish_reason == "stop", len(alone) <= MAX_FIRST))
+        if not (eligible and len(request.trigger_ids)):
+            assert one.first is None
+            assert_same([one.completion], [alone])
+            continue
+        assert one.first is not None
+        assert_same([one.first], [alone])
+        forced, count = one.completion, len(alone) - 1
+        assert forced.token_ids[:count].tolist() == alone.token_ids[:-1].tolist()
+        assert forced.token_ids[count : count + width].tolist() == loaded.trigger.tolist()
+        length = len(forced) - count - width
+        assert forced.segments.tolist() == [FIRST] * count + [TRIGGER] * width + [SECOND] * length
+        second = forced.token_ids[count + width :]
+        assert not np.isin(second[:-1], loaded.ends).any()
+        assert (forced.finish_reason == "stop") == bool(np.isin(second[-1], loaded.ends))
+        assert length == SECOND_LOOK or forced.finish_reason == "stop"
+        decode = loaded.system.tokenizer.decode
+        shown = second[:-1] if forced.finish_reason == "stop" else second
+        texts = ((FIRST, decode(alone.token_ids[:-1])), (TRIGGER, "\n\nWait"), (SECOND, decode(shown)))
+        # A response that ended at once, or a second look that did, has no tokens to show and no part.
+        assert forced.parts == tuple(part for part in texts if part[1] or part[0] == TRIGGER)
+        assert forced.text == "".join(text for _, text in texts)
+    assert {(True, True, True), (True, True, False), (True, False, False), (False, True, True)} <= seen
+
+
+def test_the_longest_forced_completion_fits(loaded: Loaded) -> None:
+    """Catches a ring or an output that is too short for first response, trigger and second look at their budgets."""
+    rows = [place for place, one in enumerate(loaded.free) if one.token_ids[MAX_FIRST - 1] not in one.token_ids[:-4]]
+    row = rows[0]
+    requests = [dataclasses.replace(one, trigger_ids=np.tile(loaded.trigger, 2)[:4]) for one in loaded.requests]
+    end = int(loaded.free[row].token_ids[MAX_FIRST - 1])
+    found = loaded.draw(requests, FORCED, ends=(end,))
+    assert len(found[row]) == MAX_FIRST - 1 + 4 + SECOND_LOOK == FORCED.total - 1
+    for ours, theirs in zip(found, trainer_log_probs(loaded, found), strict=True):
+        np.testing.assert_allclose(ours.log_probs, theirs, rtol=0, atol=1e-4)
+
+
+def test_stop_strings_of_first_responses_come_before_triggers(loaded: Loaded) -> None:
+    """Catches a trigger that stops what it was to continue, and one fed behind a response that a string had stopped."""
+    forced, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends)
+    looked = [one for one in forced if one.first is not None]
+    same, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends, stop_strings=("\nWait", "Wait"))
+    for ours, theirs in zip(same, forced, strict=True):
+        assert_same([ours.completion], [theirs.completion])
+        assert (ours.first is None) == (theirs.first is None)
+    whole = max((one.completion for one in looked), key=lambda one: (one.segments == FIRST).sum())
+    string = next(text[-1:] for number, text in whole.parts if number == FIRST)
+    for steps_per_call in (1, 64):
+        drawn, _ = loaded.generate(
+            loaded.forced_requests, FORCED, ends=loaded.ends, stop_strings=(string,), steps_per_call=steps_per_call
+        )
+        one = drawn[[other.completion is whole for other in forced].index(True)]
+        assert one.first is None and not one.completion.forced and one.completion.finish_reason == "stop_string"
+        assert string not in one.completion.text
+
+
+def second_pass(loaded: Loaded) -> tuple[list[Request], list[Drawn]]:
+    """Requests that go on from first response and trigger, and the forced completions they should repeat."""
+    forced, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends, second_temperature=0.0)
+    requests = []
+    for request, one in zip(loaded.requests, forced, strict=True):
+        kept = one.completion.segments != SECOND if one.first is not None else np.zeros(len(one.completion), bool)
+        ids, segments = one.completion.token_ids[kept], one.completion.segments[kept].astype(np.int32)
+        requests.append(dataclasses.replace(request, prefix_ids=ids, prefix_segments=segments))
+    return requests, forced
+
+
+def test_a_prefix_is_a_longer_prompt(loaded: Loaded) -> None:
+    """Catches a second pass at other positions or on another cache, and a first temperature in the second look."""
+    requests, forced = second_pass(loaded)
+    drawn, _ = loaded.generate(requests, CONTINUED, ends=loaded.ends, second_temperature=0.0)
+    chosen = [place for place, request in enumerate(requests) if len(request.prefix_ids)]
+    longer = [grown(requests[place].prompt, requests[place].prefix_ids, loaded.system) for place in chosen]
+    wanted = naive_greedy(loaded.system, longer, SECOND_LOOK)
+    assert len(chosen) >= 4
+    for place, ids in zip(chosen, wanted, strict=True):
+        assert drawn[place].first is None
+        assert_same([drawn[place].completion], [forced[place].completion])
+        found = drawn[place].completion
+        second = found.token_ids[len(requests[place].prefix_ids) :].tolist()
+        assert second == ids[: len(second)] and (found.segments[-len(second) :] == SECOND).all()
+    # Requests without a prefix draw what they always draw, up to this call's budget.
+    for place in set(range(len(requests))) - set(chosen):
+        found = drawn[place].completion
+        assert (found.token_ids.tolist(), found.finish_reason) == cut_at(loaded.free[place], loaded.ends, MAX_FIRST)
+    for ours, theirs in zip(drawn, trainer_log_probs(loaded, [one.completion for one in drawn]), strict=True):
+        np.testing.assert_allclose(ours.completion.log_probs, theirs, rtol=0, atol=1e-4)
+
+
+# --- counters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [0, 3])
+def test_counters(loaded: Loaded, num_slots: int) -> None:
+    """Catches idle slots counted as busy, and prompts or images counted once a sample."""
+    found, counters = loaded.generate(ends=loaded.ends, num_slots=num_slots)
+    lengths = [len(one.completion) for one in found]
+    # A slot takes the next request in the step after its last one ended: each request goes to the slot free first.
+    slots = num_slots or len(lengths)
+    free_at = [0] * slots
+    for length in lengths:
+        slot = free_at.index(min(free_at))
+        free_at[slot] += length
+    assert counters == Counters(sum(lengths), max(free_at) * slots, images=7, prompts=6)
+    assert num_slots == 0 or counters.busy_steps > 0.9 * counters.slot_steps > sum(lengths[:-3])
+
+
+def test_an_image_of_two_prompts_is_counted_once(loaded: Loaded) -> None:
+    """Catches images counted by prompt: the vision tower sees the shared one once."""
+    prompt = loaded.prompts[0]
+    twin = dataclasses.replace(prompt, problem=dataclasses.replace(prompt.problem, id="twin"))
+    pairs = [
+        dataclasses.replace(one, prompt=twin) if one.prompt is loaded.prompts[1] else one for one in loaded.requests
+    ]
+    found, counters = loaded.generate(pairs, ignore_eos=True)
+    assert (counters.prompts, counters.images) == (6, 6)
+    ours, theirs = found[0].completion, found[NUM_SAMPLES].completion
+    assert ours.token_ids.tolist() == loaded.free[0].token_ids.tolist() != theirs.token_ids.tolist()
