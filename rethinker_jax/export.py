@@ -1,5 +1,6 @@
 """Out to Hugging Face: a run or checkpoint becomes a directory that transformers and vLLM load."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,8 +34,8 @@ def export(source: Path, output: Path) -> Path:
 
     Refuses an output directory that holds something. Raises UserError.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"export: {output} is not empty. Name a new directory.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"export: {output} is there and not an empty directory. Name a new one.")
     step = int(source.name) if source.parent.name == "checkpoints" and source.name.isdigit() else None
     run = source.parent.parent if step is not None else source
     if not (run / "config.yaml").is_file() or not (run / "checkpoints").is_dir():
@@ -43,14 +44,18 @@ def export(source: Path, output: Path) -> Path:
             f"came {source}."
         )
     config = dataclasses.replace(load_config(run / "config.yaml", []), mesh=MeshConfig())
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(f"export: --output {output}: cannot be written ({error.strerror}).") from error
     start_jax(config)
     system = load_system(config)
     updater = make_updater(config, system, 1, config.loss)
-    store = CheckpointStore(run / "checkpoints", config.run.keep_checkpoints)
-    if store.latest_step is None:
-        raise UserError(f"export: {run / 'checkpoints'} holds no complete checkpoint. Let the run reach its first one.")
-    saved = store.restore(updater.init(system.params), system.mesh, step)
-    store.close()
+    with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
+        if store.latest_step is None:
+            raise UserError(f"export: {store.directory} holds no complete checkpoint. Let the run reach its first one.")
+        saved = store.restore(updater.init(system.params), system.mesh, step)
     write_model_directory(system.directory, output, system.model.config, saved.state.params)
     print(output)
     return output
@@ -72,6 +77,8 @@ def write_model_directory(source: Path, output: Path, config: QwenConfig, params
         raw["tie_word_embeddings"] = config.tied
         (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         save_params(target, config, jax.device_get(params), config.dtype)
+        for file in target.glob("*.safetensors"):
+            shutil.copymode(target / "config.json", file)  # the writer leaves them readable by the owner alone
         if output.exists():
             os.replace(output, Path(scratch) / "old")
         os.replace(target, output)

@@ -1,6 +1,8 @@
 """The RL run, top to bottom: prompt → rollout → verify → advantage → replay → update."""
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,6 @@ import numpy as np
 from rethinker_jax import replay, rethink
 from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config
-from rethinker_jax.config_file import save_config
 from rethinker_jax.console import RunProgress, print_summary
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
@@ -24,9 +25,9 @@ from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.report import write_report
 from rethinker_jax.rollout import Group, budgets_of, roll_out
-from rethinker_jax.run_directory import RunDirectory, versions
+from rethinker_jax.run_directory import RunDirectory, hash_of, versions
 from rethinker_jax.step_metrics import batch_metrics, rollout_metrics, share
-from rethinker_jax.stopping import listening
+from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches, pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -35,36 +36,57 @@ from rethinker_jax.types import Problem, Prompt
 from rethinker_jax.verify.judge import check_gold
 from rethinker_jax.verify.pool import VerifierPool
 
-
 SHOWN = ("reward", "accuracy", "effective_share", "tokens_per_second")
 
 
 @dataclasses.dataclass
 class Progress:
-    """What changes from step to step, and is in every checkpoint."""
+    """What changes from step to step, and is in every checkpoint. `before` are the scores of the evaluation before."""
 
     step: int
     state: TrainState
     buffer: tuple[replay.Experience, ...]
+    before: dict[str, float] | None
+    started: tuple[float, float]  # of wall and CPU clock, moved back by what earlier processes of this run spent
+
+    @property
+    def spent(self) -> dict[str, float]:
+        return {"wall_s": time.monotonic() - self.started[0], "cpu_s": time.process_time() - self.started[1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    train: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the rows that are trained on: what they are called, ask and want, in their order."""
+        return hash_of((problem.id, problem.question, problem.answer) for problem in self.train)
 
 
 def train(config: Config, name: str) -> Path:
-    """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns the run directory."""
-    start_jax(config)
+    """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns its directory."""
     started = time.monotonic(), time.process_time()
     run = RunDirectory(Path(config.run.dir or f"runs/{name}"))
-    with run.locked():
-        summary = run.read_summary()
-        if summary.get("after") and summary.get("num_steps", 0) >= config.run.num_steps:
-            print_summary(summary, {"report": run.path / "report.html"})
-            return run.path
+    with run.locked(), listening() as stop:
         run.check_config(config)
-        save_config(dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run.path))), run.path / "config.yaml")
-        problems = load_problems(config, config.data.train, run)
-        system = load_system(config)
-        with VerifierPool(config.verifier) as pool, MetricsLog(run.path, _first_step(run, config)) as log:
-            run_steps(run, config, name, system, problems, pool, log, started)
-    print_summary(run.read_summary(), {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"})
+        summary = run.read_summary()
+        if not summary.get("after") or summary.get("num_steps", 0) < config.run.num_steps:
+            start_jax(config)
+            splits = load_splits(config, run)
+            system = load_system(config)
+            run.start(config)
+            with (
+                contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
+                VerifierPool(config.verifier) as pool,
+                MetricsLog(run.path, store.latest_step or 0) as log,
+            ):
+                updater, progress = begin(config, system, store, splits, started)
+                run_steps(run, config, name, system, splits, updater, progress, pool, log, store, stop)
+        paths = {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"}
+        bad_rows = run.path / "bad_rows.jsonl"
+        print_summary(run.read_summary(), paths | ({"rows left out": bad_rows} if bad_rows.is_file() else {}))
     return run.path
 
 
@@ -73,53 +95,60 @@ def run_steps(
     config: Config,
     name: str,
     system: System,
-    problems: Sequence[Problem],
+    splits: Splits,
+    updater: Updater,
+    progress: Progress,
     pool: VerifierPool,
     log: MetricsLog,
-    started: tuple[float, float],
+    store: CheckpointStore,
+    stop: StopRequest,
 ) -> None:
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
-    test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(load_test(config, run))), -1, run)]
-    store = CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)
-    updater, progress, before = begin(config, system, store)
-    order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
-    with RunProgress(config.run.num_steps, progress.step, title=name) as shown, listening() as stop:
-        if before is None:
+    test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
+    order = DataOrder(len(splits.train), config.run.seed, config.data.shuffle)
+    with RunProgress(config.run.num_steps, progress.step, title=name) as shown:
+        if progress.before is None:
             shown.phase("evaluation before")
             found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
             run.write_evaluation("before", found.groups)
-            before = found.scores
+            progress.before = found.scores
         shown.phase("training")
         while progress.step < config.run.num_steps:
-            metrics, groups = train_step(config, system, updater, problems, order, pool, progress, run)
-            log.write(progress.step - 1, metrics)
-            last = progress.step == config.run.num_steps
-            if (progress.step - 1) % config.run.rollouts_every == 0 or last:
-                run.write_rollouts(progress.step - 1, groups)
-            asked = stop.exit_code is not None
-            if progress.step % config.run.save_every == 0 or last or asked:
-                save(store, progress, before)
-            shown.update(progress.step, {name: metrics[name] for name in SHOWN})
-            if asked and not last:
-                store.close()
-                raise stop.stopped(progress.step)
+            with stop.held():
+                metrics, groups = train_step(config, system, updater, splits.train, order, pool, progress, run)
+                log.write(progress.step - 1, metrics)
+                last = progress.step == config.run.num_steps
+                if (progress.step - 1) % config.run.rollouts_every == 0 or last:
+                    run.write_rollouts(progress.step - 1, groups)
+                if progress.step % config.run.save_every == 0 or last or stop.asked:
+                    save(store, progress, splits)
+                shown.update(progress.step, {name: metrics[name] for name in SHOWN})
         shown.phase("evaluation after")
         found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
         run.write_evaluation("after", found.groups)
-    store.close()
-    run.write_summary(summarize(config, name, before, found, read_metrics(log.path), started))
+    store.wait()
+    run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)))
 
 
-def begin(config: Config, system: System, store: CheckpointStore) -> tuple[Updater, Progress, dict[str, float] | None]:
-    """The state at the first step, or at the last checkpoint; then with the scores of the evaluation before."""
+def begin(
+    config: Config, system: System, store: CheckpointStore, splits: Splits, started: tuple[float, float]
+) -> tuple[Updater, Progress]:
+    """The state at the first step, or at the last checkpoint."""
     rows_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     num_updates = config.run.num_steps * (rows_per_step // config.training.batch_size)
     updater = make_updater(config, system, num_updates, config.loss)
-    progress = Progress(0, updater.init(system.params), ())
+    state = updater.init(system.params)
     if store.latest_step is None:
-        return updater, progress, None
-    saved = store.restore(progress.state, system.mesh)
-    return updater, Progress(saved.meta["step"], saved.state, replay.from_arrays(saved.arrays)), saved.meta["before"]
+        return updater, Progress(0, state, (), None, started)
+    saved = store.restore(state, system.mesh)
+    if saved.meta["data"] != splits.hash:
+        raise UserError(
+            f"data.train: {config.data.train} does not hold the rows with which the run in {store.directory.parent} "
+            "began, and its replay buffer names them by number. Put them back, or name another run.dir."
+        )
+    started = started[0] - saved.meta["wall_s"], started[1] - saved.meta["cpu_s"]
+    buffer = replay.from_arrays(saved.arrays)
+    return updater, Progress(saved.meta["step"], saved.state, buffer, saved.meta["before"], started)
 
 
 def train_step(
@@ -132,7 +161,7 @@ def train_step(
     progress: Progress,
     run: RunDirectory,
 ) -> tuple[dict[str, float], list[Group]]:
-    """One step: a rollout batch and its optimizer steps. Changes `progress`; returns the step's metrics and rollouts."""
+    """One step: a rollout batch and its optimizer steps. Changes `progress`; returns metrics and rollouts."""
     begin_time, step = time.monotonic(), progress.step
 
     # prompt
@@ -162,12 +191,16 @@ def train_step(
         progress.buffer = chosen.buffer
         sums = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
-            batches = make_batches(config, system, problems, prompt_of, chosen, start == 0)
+            replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
+            prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), step, run))
+            batches = make_batches(config, system, prompt_of, chosen, start == 0)
             progress.state, sums = updater.step(progress.state, batches)
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
-    metrics |= {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
+    metrics |= {
+        key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}
+    }
     refuse_bad_updates(config, progress)
 
     progress.step += 1
@@ -237,22 +270,19 @@ def experience_of(group: Group, place: int, progress: Progress) -> replay.Experi
 
 
 def make_batches(
-    config: Config,
-    system: System,
-    problems: Sequence[Problem],
-    prompt_of: dict[int, Prompt],
-    chosen: replay.Selection,
-    first_update: bool,
+    config: Config, system: System, prompt_of: dict[int, Prompt], chosen: replay.Selection, first_update: bool
 ) -> list[TrainBatch]:
-    """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own."""
+    """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own.
+
+    A replayed row without a prompt, whose image was lost since, is left out.
+    """
 
     def row(one: replay.Experience, fresh: bool) -> TrainRow:
-        prompt = prompt_of.get(one.problem) or system.builder.build(problems[one.problem])
-        return TrainRow(
-            prompt, one.completion_ids, one.loss_mask, one.nll_mask, one.old_log_probs, one.advantage, fresh and first_update
-        )
+        masks = one.loss_mask, one.nll_mask
+        return TrainRow(prompt_of[one.problem], one.completion_ids, *masks, one.old_log_probs, one.advantage, fresh)
 
-    rows = [row(one, True) for one in chosen.fresh] + [row(one, False) for one in chosen.replayed]
+    replayed = [one for one in chosen.replayed if one.problem in prompt_of]
+    rows = [row(one, first_update) for one in chosen.fresh] + [row(one, False) for one in replayed]
     size = config.training.batch_size
     micro = config.training.micro_batch_size or size
     return pack_micro_batches(rows, system.geometry, longest_completion(config, system), size, micro)
@@ -293,7 +323,7 @@ def with_trainer_log_probs(
             gaps.append(np.abs(own - one.old_log_probs)[one.loss_mask])
             made.append(dataclasses.replace(one, old_log_probs=own))
     gap = np.concatenate(gaps)
-    metrics |= {"sampler_trainer_gap": share(gap), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
+    metrics |= {"sampler_trainer_gap": share(gap.tolist()), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
     return made
 
 
@@ -302,19 +332,32 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
     if skipped > config.training.max_skipped_updates:
         raise UserError(
             f"step {progress.step}: {skipped} updates had a gradient that is not finite, more than "
-            f"training.max_skipped_updates={config.training.max_skipped_updates}. The last checkpoint is kept; lower the "
-            "learning rate or look at the rollouts."
+            f"training.max_skipped_updates={config.training.max_skipped_updates}. The last checkpoint is kept; lower "
+            "the learning rate or look at the rollouts."
         )
 
 
-def save(store: CheckpointStore, progress: Progress, before: dict[str, float]) -> None:
+def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
     length = max([len(one.completion_ids) for one in progress.buffer], default=1)
-    meta = {"step": progress.step, "before": before}
+    meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer, length), meta))
 
 
+def load_splits(config: Config, run: RunDirectory) -> Splits:
+    """The rows to train on and to evaluate on. Raises UserError where a step would ask for more rows than there are."""
+    train = load_problems(config, config.data.train, run)
+    wanted = config.rollout.prompts_per_step
+    if config.run.num_steps and len(train) < wanted:
+        raise UserError(
+            f"{config.data.train}: wanted at least rollout.prompts_per_step={wanted} usable rows, found {len(train)}. "
+            "Lower it (and training.batch_size with it), or add rows."
+        )
+    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
+    return Splits(train, load_problems(config, config.data.test, run)[:count] if count else ())
+
+
 def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:
-    """Rows that can be used; the others, golds that no answer could be judged against among them, are listed in `run`."""
+    """Rows that can be used; the others, also those whose answer nothing could be judged by, are listed in `run`."""
     limit = config.run.max_bad_rows
     found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit)
     for row in found.bad_rows:
@@ -331,45 +374,32 @@ def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Probl
     return tuple(good)
 
 
-def load_test(config: Config, run: RunDirectory) -> tuple[Problem, ...]:
-    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
-    return load_problems(config, config.data.test, run)[:count] if count else ()
-
-
-def _first_step(run: RunDirectory, config: Config) -> int:
-    """The step that the newest checkpoint goes on from; later lines of the metrics are written again."""
-    steps = [int(path.name) for path in (run.path / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(steps, default=0)
-
-
 def summarize(
     config: Config,
     name: str,
-    before: dict[str, float],
+    progress: Progress,
     after: Evaluation,
     rows: list[dict[str, Any]],
-    started: tuple[float, float],
 ) -> dict[str, Any]:
     """What `summary.json` holds. Shares of training are means over its first and last tenth, at least five steps."""
     width = max(5, len(rows) // 10)
 
     def ends(key: str) -> dict[str, float]:
         return {
-            "first": float(np.mean([row[key] for row in rows[:width]])),
-            "last": float(np.mean([row[key] for row in rows[-width:]])),
+            "first": share([row[key] for row in rows[:width]]),
+            "last": share([row[key] for row in rows[-width:]]),
         }
 
     device = jax.devices()[0]
     return {
         "name": name,
         "num_steps": config.run.num_steps,
-        "before": before,
+        "before": progress.before,
         "after": after.scores,
         "after_per_source": after.per_source,
         "zero_advantage_share": ends("zero_advantage_share"),
         "effective_share": ends("effective_share"),
-        "wall_s": time.monotonic() - started[0],
-        "cpu_s": time.process_time() - started[1],
+        **progress.spent,
         "seed": config.run.seed,
         "device": f"{len(jax.devices())} × {device.device_kind}",
     } | versions()

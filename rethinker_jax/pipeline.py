@@ -27,8 +27,9 @@ from rethinker_jax.config_file import config_hash, find_config, load_config, loa
 from rethinker_jax.errors import UserError
 from rethinker_jax.export import export
 from rethinker_jax.loop import train
-from rethinker_jax.run_directory import versions, write_whole
+from rethinker_jax.run_directory import FREE_KEYS, LENGTHS, RunDirectory, hold, versions, write_whole
 from rethinker_jax.sft import fine_tune
+from rethinker_jax.system import model_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,10 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None, last: str = "") -> Path:
-    """The `pipeline` command: run every stage that is not done yet, up to `last`. Returns the pipeline's directory."""
+    """The `pipeline` command: run every stage that is not done yet, up to `last`. Returns the pipeline's directory.
+
+    A stage whose config or base was changed since begins anew; what it left before is set aside, not removed.
+    """
     recipe = read_recipe(path)
     directory = Path(recipe.dir or f"runs/{recipe.name}")
     if mesh is not None:
@@ -91,36 +95,47 @@ def run_pipeline(path: Path, overrides: list[str], mesh: MeshConfig | None, last
         source = (planned[-1][0].name if planned else "base") if stage.starts_from == "previous" else stage.starts_from
         planned.append((stage, source, stage_config(path, stage, outputs[source], directory, overrides)))
         outputs[stage.name] = str(directory / stage.name / "model")
-    manifest = _read_manifest(directory)
-    for place, (stage, source, config) in enumerate(planned):
-        entry = {
-            "name": stage.name,
-            "kind": stage.kind,
-            "starts_from": source,
-            "output": outputs[stage.name],
-            "inputs": {
-                "model": outputs[source],
-                "model_hash": _hash_of(outputs[source]),
-                "config_hash": config_hash(config),
-            },
-        }
-        if place < len(manifest) and _is_done(manifest[place], entry):
-            print(f"stage {stage.name}: done before")
-            continue
-        started = time.monotonic()
-        manifest = [*manifest[:place], entry | {"status": "running"}]
-        _write_manifest(directory, manifest)
-        print(f"stage {stage.name}: {stage.kind} from {source}")
-        if stage.kind == "sft":
-            fine_tune(config, stage.name)
-        else:
-            train(config, stage.name)
-            if not Path(outputs[stage.name]).exists():
-                export(directory / stage.name, Path(outputs[stage.name]))
-        done = {"status": "done", "commit": versions()["commit"], "wall_s": time.monotonic() - started}
-        manifest = [*manifest[:place], entry | done]
-        _write_manifest(directory, manifest)
+    model_directory(recipe.model)
+    with hold(directory):
+        for stage, source, config in planned:
+            run_stage(directory, stage, source, outputs, config)
     return directory
+
+
+def run_stage(directory: Path, stage: Stage, source: str, outputs: dict[str, str], config: Config) -> None:
+    """Run one stage, or go on with it, unless it is done; the manifest says so before and after."""
+    manifest = _read_manifest(directory)
+    before = next((entry for entry in manifest if entry["name"] == stage.name), None)
+    inputs = {
+        "model": outputs[source],
+        "model_hash": _hash_of(outputs[source]),
+        "config_hash": config_hash(config),
+    }
+    entry = {
+        "name": stage.name,
+        "kind": stage.kind,
+        "starts_from": source,
+        "output": outputs[stage.name],
+        "inputs": inputs,
+    }
+    changed = [] if before is None else _changes(before, entry, RunDirectory(directory / stage.name), config)
+    if before is not None and not changed and before["status"] == "done" and Path(entry["output"]).is_dir():
+        print(f"stage {stage.name}: done before")
+        return
+    if changed and (directory / stage.name).exists():
+        aside = _set_aside(directory / stage.name)
+        print(f"stage {stage.name}: begins anew ({'; '.join(changed)}); what was there is in {aside}")
+    started = time.monotonic()
+    _write_entry(directory, entry | {"status": "running"})
+    print(f"stage {stage.name}: {stage.kind} from {source}")
+    if stage.kind == "sft":
+        fine_tune(config, stage.name)
+    else:
+        train(config, stage.name)
+        if not Path(entry["output"]).exists():
+            export(directory / stage.name, Path(entry["output"]))
+    done = {"status": "done", "commit": versions()["commit"], "wall_s": time.monotonic() - started}
+    _write_entry(directory, entry | done)
 
 
 def stage_config(path: Path, stage: Stage, model: str, directory: Path, overrides: list[str]) -> Config:
@@ -142,9 +157,23 @@ def _hash_of(model: str) -> str:
     return digest.hexdigest() if files else ""
 
 
-def _is_done(before: dict[str, Any], entry: dict[str, Any]) -> bool:
-    same = all(before.get(key) == value for key, value in entry.items())
-    return same and before.get("status") == "done" and Path(entry["output"]).is_dir()
+def _changes(before: dict[str, Any], entry: dict[str, Any], run: RunDirectory, config: Config) -> list[str]:
+    """Why a stage must begin anew. What a run leaves behind and where it caches may differ; its length may not."""
+    changed = [
+        f"{key} was {before.get(key)}, is {entry[key]}"
+        for key in ("kind", "starts_from")
+        if before.get(key) != entry[key]
+    ]
+    if before["inputs"].get("model_hash") != entry["inputs"]["model_hash"]:
+        changed.append(f"the weights of {entry['inputs']['model']} are others")
+    return changed + run.changes(config, FREE_KEYS - LENGTHS)
+
+
+def _set_aside(stage: Path) -> Path:
+    number = 1
+    while (aside := stage.with_name(f"{stage.name}.old{number}")).exists():
+        number += 1
+    return stage.rename(aside)
 
 
 def _read_manifest(directory: Path) -> list[dict[str, Any]]:
@@ -157,6 +186,9 @@ def _read_manifest(directory: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: wanted a manifest ({error}). Remove the file to start the pipeline anew.") from error
 
 
-def _write_manifest(directory: Path, stages: list[dict[str, Any]]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+def _write_entry(directory: Path, entry: dict[str, Any]) -> None:
+    """Put a stage's entry in the place of its former one, or behind the others."""
+    stages = _read_manifest(directory)
+    places = [place for place, one in enumerate(stages) if one["name"] == entry["name"]] or [len(stages)]
+    stages[places[0] : places[0] + 1] = [entry]
     write_whole(directory / "manifest.json", json.dumps({"stages": stages}, indent=2) + "\n")

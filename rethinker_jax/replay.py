@@ -60,7 +60,8 @@ def select(
     kept = () if name[1] % config.clear_every == 0 else tuple(buffer)
     kept = (*kept, *effective)[-config.capacity :]
     missing = len(raw) - len(effective)
-    weights = np.array([abs(row.advantage) for row in kept], np.float64) ** config.alpha
+    sizes = np.array([abs(row.advantage) for row in kept], np.float64)
+    weights = (sizes / sizes.max(initial=epsilon)) ** config.alpha  # by the largest, so that no power vanishes for all
     chosen = draw(weights, missing, np.random.default_rng([*name, 0x55B]))
     return Selection(effective, tuple(kept[index] for index in chosen), kept)
 

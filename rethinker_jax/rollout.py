@@ -82,7 +82,9 @@ def judge(requests: Sequence[Request], drawn: Sequence[Drawn], pool: VerifierPoo
     firsts = [one.first or one.completion for one in drawn]
     verdicts = verdicts_of([request.prompt for request in requests], firsts, pool, reward)
     looked = [place for place, one in enumerate(drawn) if one.first is not None]
-    finals = verdicts_of([requests[place].prompt for place in looked], [drawn[place].completion for place in looked], pool, reward)
+    finals = verdicts_of(
+        [requests[place].prompt for place in looked], [drawn[place].completion for place in looked], pool, reward
+    )
     second: dict[int, Verdict] = dict(zip(looked, finals, strict=True))
     return [
         Rollout(
@@ -119,7 +121,9 @@ def verdicts_of(
         dataclasses.replace(
             verdict,
             reward=REWARDS[reward](
-                RewardInput(verdict, completion.text, stopped=completion.finish_reason == "stop", forced=completion.forced)
+                RewardInput(
+                    verdict, completion.text, stopped=completion.finish_reason == "stop", forced=completion.forced
+                )
             ),
         )
         for verdict, completion in zip(pool.judge_many(items), completions, strict=True)
@@ -158,7 +162,8 @@ def _second_pass(
             continue
         prefix = rollout.first.token_ids[:-1]  # without its end token
         if rng.random() < config.rethink.truncate:
-            prefix = system.tokenizer.encode(rethink.cut_first_response(rollout.first.text))
+            cut = rethink.cut_first_response(rollout.first.text)
+            prefix = system.tokenizer.encode(cut)[: len(prefix)]
         ids = np.concatenate([prefix, triggers[number]]).astype(np.int32)
         segments = np.repeat(np.array([FIRST, TRIGGER], np.int32), [len(prefix), len(triggers[number])])
         places.append(place)

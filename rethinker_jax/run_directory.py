@@ -9,53 +9,61 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Generator, Sequence
+import tempfile
+from collections.abc import Generator, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from rethinker_jax.config import Config
-from rethinker_jax.config_file import load_config
+from rethinker_jax.config_file import load_config, save_config
 from rethinker_jax.errors import UserError
 from rethinker_jax.metrics import plain
 from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
 
-# What may differ when a run goes on: its length and what it leaves behind, never what it computes.
-FREE_RUN_KEYS = {"dir", "num_steps", "save_every", "keep_checkpoints", "rollouts_every", "compilation_cache"}
+# What may differ when a run goes on: its length, what it leaves behind and what it survives, never what it computes.
+LENGTHS = frozenset({"run.num_steps", "sft.num_steps"})
+FREE_KEYS = LENGTHS | {
+    "run.dir", "run.save_every", "run.keep_checkpoints", "run.rollouts_every", "run.compilation_cache",
+    "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
+}  # fmt: skip
 
 
 class RunDirectory:
-    """config.yaml, metrics.jsonl, rollouts/, evaluations/, checkpoints/, summary.json, report.html."""
+    """config.yaml, metrics.jsonl, rollouts/, evaluations/, checkpoints/, summary.json, report.html.
+
+    Nothing is made before `locked` is entered.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            (path / "rollouts" / "images").mkdir(parents=True, exist_ok=True)
-            (path / "evaluations").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run.dir: {path} cannot be written ({error.strerror}). Name a directory that can."
-            ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
-        """Hold the directory alone. The lock goes with the process, so a killed run leaves nothing stale."""
-        with open(self.path / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(
-                    f"run.dir: another process is writing to {self.path}. Wait for it, or name another run.dir."
-                ) from error
+        """Hold the directory alone; it is made if need be, and goes again if nothing was put into it."""
+        with hold(self.path):
             yield
+
+    def start(self, config: Config) -> None:
+        """Keep the config, once all that it names was found to be usable."""
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(self.path)))
+        save_config(config, self.path / "config.yaml")
+
+    def changes(self, config: Config, free: Set[str] = FREE_KEYS) -> list[str]:
+        """How `config` differs from that of the run that lies here, a phrase a key; none where no run lies here."""
+        path = self.path / "config.yaml"
+        if not path.is_file() or not (self.path / "checkpoints").is_dir():
+            return []
+        before, now = _flat(load_config(path, [])), _flat(config)
+        return [
+            f"{key} was {before[key]!r}, is {now[key]!r}"
+            for key in now
+            if key not in free and before.get(key) != now[key]
+        ]
 
     def check_config(self, config: Config) -> None:
         """Refuse to go on with a run under another config. Only its length and logging may change."""
-        path = self.path / "config.yaml"
-        if not path.is_file() or not (self.path / "checkpoints").is_dir():
-            return
-        before, now = _comparable(load_config(path, [])), _comparable(config)
-        changed = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+        changed = self.changes(config)
         if changed:
             raise UserError(
                 f"{self.path} holds a run with another config: {'; '.join(changed)}. "
@@ -79,18 +87,23 @@ class RunDirectory:
         self._write_groups(self.path / "evaluations" / f"{when}.jsonl", None, groups)
 
     def note_bad_row(self, step: int, problem: str, kind: str, why: str, limit: int) -> None:
-        """Add a row to bad_rows.jsonl. Raises UserError once more than `limit` rows stand there."""
+        """Add a row to bad_rows.jsonl, once however often it is met. Raises UserError above `limit` rows."""
         path = self.path / "bad_rows.jsonl"
-        with path.open("a+", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "id": problem, "kind": kind, "why": why}) + "\n")
-            file.seek(0)
-            count = len({json.loads(line)["id"] for line in file})
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        line = json.dumps({"step": step, "id": problem, "kind": kind, "why": why})
+        if line not in lines:
+            lines.append(line)
+            write_whole(path, "".join(line + "\n" for line in lines))
+        count = len({json.loads(line)["id"] for line in lines})
         if count > limit:
             raise UserError(
-                f"{path}: {count} rows cannot be used, more than run.max_bad_rows={limit}; the last: {why}."
+                f"{path}: {count} rows cannot be used, more than run.max_bad_rows={limit}; the last: {why}. "
+                "Mend or remove them, or raise run.max_bad_rows."
             )
 
     def _write_groups(self, path: Path, step: int | None, groups: Sequence[Group]) -> None:
+        (self.path / "rollouts" / "images").mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         lines = [json.dumps(self._group(step, group), ensure_ascii=False) for group in groups]
         write_whole(path, "".join(line + "\n" for line in lines))
 
@@ -106,6 +119,7 @@ class RunDirectory:
                 "type": problem.type,
                 "source": problem.source,
             },
+            "prompt_text": group.prompt.text,
             "images": [self._image(image) for image in problem.images],
             "samples": [_sample(rollout) for rollout in group.rollouts],
         }
@@ -149,16 +163,60 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _comparable(config: Config) -> dict[str, Any]:
-    flat = {
+@contextlib.contextmanager
+def hold(directory: Path) -> Generator[None]:
+    """Hold a directory alone; made if need be, and removed again if nothing was put into it.
+
+    The lock goes with the process, so a killed run leaves nothing stale. Raises UserError.
+    """
+    lock = directory / ".lock"
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {directory} cannot be written ({error.strerror}). Name a directory that can."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"run.dir: another process is writing to {directory}. Wait for it, or name another run.dir."
+            ) from error
+        try:
+            yield
+        finally:
+            if made and [path.name for path in directory.iterdir()] == [lock.name]:
+                lock.unlink()
+                directory.rmdir()
+
+
+def check_writable(output: Path, option: str) -> None:
+    """Raises UserError where `output` could not be written, before time is spent on what would stand there."""
+    if output.exists() and not output.is_file():
+        raise UserError(f"{option} {output} is not a regular file. Name another, or leave it out for standard output.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(f"{option} {output}: cannot be written ({error.strerror}). Name another place.") from error
+
+
+def hash_of(rows: Iterable[object]) -> str:
+    """Hash of rows in their order, by their repr: tells whether a run goes on with the data with which it began."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {
         f"{section}.{key}": value
         for section, values in dataclasses.asdict(config).items()
         for key, value in values.items()
-    }
-    return {
-        key: value
-        for key, value in flat.items()
-        if key.removeprefix("run.") not in FREE_RUN_KEYS or not key.startswith("run.")
     }
 
 

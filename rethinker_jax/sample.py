@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
+from rethinker_jax.run_directory import check_writable, hash_of, write_whole
 from rethinker_jax.sampling.sampler import Budgets, Request
-from rethinker_jax.system import System, load_system, make_updater
+from rethinker_jax.system import System, load_system, make_updater, model_directory
 from rethinker_jax.training.batch import TrainRow, pack_rows
 from rethinker_jax.types import Problem, Prompt
 
@@ -26,22 +28,35 @@ from rethinker_jax.types import Problem, Prompt
 def sample(options: SampleOptions, config: Config) -> None:
     """Draw `n` completions of every problem and write them as they are finished.
 
-    An output file that exists is gone on with: problems that have all their lines there are not drawn again.
+    An output file that exists is gone on with: problems that have all their lines there are not drawn again. What was
+    asked stands beside it, in FILE.asked.json, so that two models never share a file. Raises UserError.
     """
     config = _configured(config, options.model, options.prompt_template)
     problems = _one_shot(options) if options.data is None else _problems(options.data, config)
-    done = _finished_ids(options.output, options.n)
-    left = [problem for problem in problems if problem.id not in done]
+    output = None if options.output is None else options.output.resolve()  # a link is written through
+    asked, finished = _asked(options, config), {}
+    if output is not None:
+        check_writable(output, "--output")
+        _check_asked(output, asked)
+        finished = _finished(output, options.n)
+    left = [problem for problem in problems if problem.id not in finished]
     system = load_system(config)
+    one_shot = [_prompt(system, problem) for problem in problems] if options.data is None else []
     params = system.sampling_params(system.params)
     budgets = Budgets(config.sampling.max_new_tokens)
-    size = config.rollout.prompts_per_step
+    size = 1 if one_shot else config.rollout.prompts_per_step
+    num_drawn = len(problems) - len(left)
+    num_left_out = 0
     with (
-        _writer(options.output) as write,
-        RunProgress(len(problems), len(problems) - len(left), title="sample") as shown,
+        _appending(output, finished, asked) as write,
+        RunProgress(len(problems), num_drawn, title="sample") as shown,
     ):
         for start in range(0, len(left), size):
-            prompts = _prompts(system, left[start : start + size], shown)
+            chunk = left[start : start + size]
+            prompts = _prompts(system, chunk, shown)
+            num_left_out += len(chunk) - len(prompts)
+            if num_left_out > config.run.max_bad_rows:
+                raise UserError(f"{options.data}: {num_left_out} rows left out, over run.max_bad_rows; see above.")
             requests = [Request(prompt, number) for prompt in prompts for number in range(options.n)]
             if not requests:
                 continue
@@ -60,20 +75,30 @@ def sample(options: SampleOptions, config: Config) -> None:
                         "finish_reason": completion.finish_reason,
                     }
                 )
-            shown.update(len(problems) - len(left) + start + len(prompts), {})
+            num_drawn += len(prompts)
+            shown.update(num_drawn + num_left_out, {})
+    if not num_drawn:
+        raise UserError(f"{options.data}: no row could be used; see above.")
 
 
 def score(options: ScoreOptions, config: Config) -> None:
-    """Write the log-probs of every row's `completion_ids`, or of its `completion` and the end token."""
+    """Write the log-probs of every row's `completion_ids`, or of its `completion` and the end token.
+
+    An output file appears whole or not at all. Raises UserError.
+    """
     config = _configured(config, options.model, options.prompt_template)
     problems = _problems(options.data, config)
+    output = None if options.output is None else options.output.resolve()  # a link is written through
+    if output is not None:
+        check_writable(output, "--output")
     system = load_system(config)
+    ids_of = {problem.id: _completion_ids(problem, system, options.data) for problem in problems}
     updater = make_updater(config, system, 1, LossConfig())
     size = config.rollout.prompts_per_step
-    with _writer(options.output) as write, RunProgress(len(problems), title="score") as shown:
+    with _replacing(output) as write, RunProgress(len(problems), title="score") as shown:
         for start in range(0, len(problems), size):
             chunk = problems[start : start + size]
-            ids = [_completion_ids(problem, system, options.data) for problem in chunk]
+            ids = [ids_of[problem.id] for problem in chunk]
             rows = []
             for problem, tokens in zip(chunk, ids, strict=True):
                 none = np.zeros(len(tokens), bool)
@@ -87,6 +112,7 @@ def score(options: ScoreOptions, config: Config) -> None:
 
 
 def _configured(config: Config, model: str, template: str) -> Config:
+    """The config with what the options say."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=model),
@@ -95,9 +121,11 @@ def _configured(config: Config, model: str, template: str) -> Config:
 
 
 def _problems(source: str, config: Config) -> Sequence[Problem]:
-    return read_problems(
-        source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows, answers=False
-    ).problems
+    limit = config.run.max_bad_rows
+    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit, answers=False)
+    for row in found.bad_rows:
+        print(f"left out ({row.kind}): {row.where}: {row.why}", file=sys.stderr)
+    return found.problems
 
 
 def _one_shot(options: SampleOptions) -> list[Problem]:
@@ -137,38 +165,99 @@ def _completion_ids(problem: Problem, system: System, source: str) -> np.ndarray
     raise UserError(f"{source}, row {problem.id!r}: wanted `completion` (text) or `completion_ids`; it has neither.")
 
 
-def _finished_ids(output: Path | None, n: int) -> set[str]:
-    """Ids that have `n` lines in `output`; lines of other ids, and a torn last one, are dropped from the file."""
-    if output is None or not output.is_file():
-        return set()
-    kept: dict[str, list[str]] = {}
-    for number, line in enumerate(output.read_text(encoding="utf-8").splitlines(), start=1):
+def _asked(options: SampleOptions, config: Config) -> dict[str, Any]:
+    """What the lines of an output file depend on."""
+    images = [hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in options.image]
+    asked = {
+        "model": str(model_directory(options.model).resolve()),
+        "weights": hash_of(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in sorted(model_directory(options.model).glob("*.safetensors"))
+        ),
+        "data": options.data,
+        "question": options.question,
+        "images": images,
+        "n": options.n,
+        "seed": options.seed,
+        "dtype": config.model.dtype,
+        "prompt_template": options.prompt_template,
+        "sampling": dataclasses.asdict(config.sampling),
+        "pixels": [config.data.min_pixels, config.data.max_pixels],
+    }
+    return json.loads(json.dumps(asked))  # tuples are lists in the file
+
+
+def _check_asked(output: Path, asked: dict[str, Any]) -> None:
+    """Refuse to go on with a file that another model or other settings began."""
+    path = output.with_name(output.name + ".asked.json")
+    if not path.is_file() or not output.is_file() or not output.stat().st_size:
+        return
+    before = json.loads(path.read_text())
+    changed = [
+        f"{key} was {before.get(key)!r:.80}, is {asked[key]!r:.80}" for key in asked if before.get(key) != asked[key]
+    ]
+    if changed:
+        raise UserError(
+            f"--output {output} holds the lines of another request: {'; '.join(changed)}. Name another file."
+        )
+
+
+def _finished(output: Path, n: int) -> dict[str, list[bytes]]:
+    """Id → its `n` lines in `output`. Problems with fewer lines are drawn again, and a torn last line is left out.
+
+    Raises UserError for a file that was not made by `sample`.
+    """
+    if not output.is_file():
+        return {}
+    lines_of: dict[str, list[bytes]] = {}
+    lines = output.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         try:
-            kept.setdefault(json.loads(line)["id"], []).append(line)
-        except (ValueError, KeyError, TypeError):
-            print(f"{output} line {number} is not whole; its problem is drawn again", file=sys.stderr)
-    finished = {name: lines for name, lines in kept.items() if len(lines) == n}
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for lines in finished.values() for line in lines), encoding="utf-8")
-    temporary.replace(output)
-    return set(finished)
+            row = json.loads(line)
+            lines_of.setdefault(row["id"], []).append(line)
+            if row["sample"] >= n or len(lines_of[row["id"]]) > n:
+                raise UserError(f"--output {output} holds more than --n {n} samples a row. Name another file.")
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):  # a line without its newline was torn
+                raise UserError(
+                    f"--output {output} line {number} is not a line of `sample` ({error}); nothing was changed. "
+                    "Name another file."
+                ) from error
+    return {name: lines for name, lines in lines_of.items() if len(lines) == n}
 
 
 @contextlib.contextmanager
-def _writer(output: Path | None) -> Generator[Callable[[dict[str, Any]], None]]:
-    """Append JSON lines to `output`, or to standard output."""
-    with contextlib.ExitStack() as stack:
-        if output is None:
-            file = sys.stdout
-        else:
-            try:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(output.open("a", encoding="utf-8"))
-            except OSError as error:
-                raise UserError(f"--output {output}: cannot be written ({error.strerror}).") from error
+def _appending(
+    output: Path | None, finished: dict[str, list[bytes]], asked: dict[str, Any]
+) -> Generator[Callable[[dict[str, Any]], None]]:
+    """Append JSON lines to `output`, which begins with the finished ones, or write them to standard output."""
+    if output is None:
+        yield _line_writer(sys.stdout)
+        return
+    write_whole(output.with_name(output.name + ".asked.json"), json.dumps(asked, indent=2) + "\n")
+    write_whole(output, b"".join(line + b"\n" for lines in finished.values() for line in lines).decode())
+    with output.open("a", encoding="utf-8") as file:
+        yield _line_writer(file)
 
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
 
-        yield write
+@contextlib.contextmanager
+def _replacing(output: Path | None) -> Generator[Callable[[dict[str, Any]], None]]:
+    """Write JSON lines to `output`, which appears whole at the end, or to standard output."""
+    if output is None:
+        yield _line_writer(sys.stdout)
+        return
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield _line_writer(file)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _line_writer(file: TextIO) -> Callable[[dict[str, Any]], None]:
+    def write(row: dict[str, Any]) -> None:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+
+    return write

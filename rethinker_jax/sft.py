@@ -1,27 +1,32 @@
 """Supervised fine-tuning on completions: rows → prompts and target tokens → the same update as RL, with an NLL loss."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rethinker_jax.config import Config, LossConfig
-from rethinker_jax.config_file import save_config
 from rethinker_jax.console import RunProgress
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.example.dataset import SFT_SEED, Stage, sft_examples
 from rethinker_jax.export import write_model_directory
-from rethinker_jax.metrics import MetricsLog
+from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
+from rethinker_jax.run_directory import RunDirectory, hash_of, versions
+from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
+from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem
 
 Span = tuple[str, bool]  # text, and whether it is learned
@@ -38,16 +43,17 @@ EXAMPLE_ROWS = 1 << 20  # the example's rows are made when asked for; this many 
 
 @dataclasses.dataclass(frozen=True)
 class SftRows:
-    """Rows by number: `read(i)` gives the problem and the spans of its completion."""
+    """Rows by number: `read(i)` gives the problem and the spans of its completion. Other rows have another `hash`."""
 
     count: int
+    hash: str
     read: Callable[[int], tuple[Problem, tuple[Span, ...]]]
 
 
-def open_rows(config: Config) -> SftRows:
+def open_rows(config: Config, run: RunDirectory) -> SftRows:
     """The rows of `sft.data`: example:sft-STAGE, or a file whose rows have a `completion`.
 
-    A completion is a text (all of it learned) or a list of {text, loss}. Raises UserError for anything else.
+    A completion is a text (all of it learned) or a list of {text, loss}. Rows that cannot be used are listed in `run`.
     """
     source = config.sft.data
     if source in EXAMPLE_STAGES:
@@ -57,33 +63,43 @@ def open_rows(config: Config) -> SftRows:
             example = sft_examples(stage, SFT_SEED, index, second_looks, SILENT)
             return example.problem, example.spans
 
-        return SftRows(EXAMPLE_ROWS, make)
+        return SftRows(EXAMPLE_ROWS, source, make)
     if not source:
         raise UserError(
             f"sft.data: wanted a file with a completion column, or one of {', '.join(EXAMPLE_STAGES)}; nothing came. "
             "Set it."
         )
-    problems = read_problems(
-        source, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows, answers=False
-    ).problems
-    rows = [(problem, _spans(problem, source)) for problem in problems]
-    return SftRows(len(rows), rows.__getitem__)
+    limit = config.run.max_bad_rows
+    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit, answers=False)
+    if not any("completion" in problem.row for problem in found.problems):
+        raise UserError(f"{source}: wanted a column `completion`, found none. Name the file that has the completions.")
+    for bad in found.bad_rows:
+        run.note_bad_row(-1, bad.where, bad.kind, bad.why, limit)
+    rows = []
+    for problem in found.problems:
+        spans = _spans(problem.row.get("completion"))
+        if spans:
+            rows.append((problem, spans))
+        else:
+            came = f"{problem.row.get('completion')!r:.80}"
+            why = f"wanted `completion`, a text or a list of {{text, loss}}; came {came}"
+            run.note_bad_row(-1, problem.id, "bad_completion", why, limit)
+    if not rows:
+        raise UserError(f"{source}: no row has a `completion` that can be learned; see {run.path / 'bad_rows.jsonl'}.")
+    hash = hash_of((problem.id, problem.question, spans) for problem, spans in rows)
+    return SftRows(len(rows), hash, rows.__getitem__)
 
 
-def _spans(problem: Problem, source: str) -> tuple[Span, ...]:
-    completion = problem.row.get("completion")
-    if isinstance(completion, str) and completion:
-        return ((completion, True),)
-    try:
-        spans = tuple((str(span["text"]), bool(span["loss"])) for span in completion or ())
-    except (TypeError, KeyError):
-        spans = ()
-    if not spans:
-        raise UserError(
-            f"{source}, row {problem.id!r}: wanted `completion`, a text or a list of {{text, loss}}; "
-            f"came {completion!r:.80}."
-        )
-    return spans
+def _spans(completion: object) -> tuple[Span, ...]:
+    """The spans of a completion, none where it is not one."""
+    if isinstance(completion, str):
+        return ((completion, True),) if completion else ()
+    if not isinstance(completion, list) or not all(
+        isinstance(span, dict) and isinstance(span.get("text"), str) and isinstance(span.get("loss"), bool)
+        for span in completion
+    ):
+        return ()
+    return tuple((span["text"], span["loss"]) for span in completion)
 
 
 def sft_row(system: System, problem: Problem, spans: tuple[Span, ...], max_tokens: int) -> TrainRow:
@@ -98,42 +114,103 @@ def sft_row(system: System, problem: Problem, spans: tuple[Span, ...], max_token
 
 def fine_tune(config: Config, name: str) -> Path:
     """The `sft` command. Returns the run directory; its `model/` is the tuned Hugging Face directory."""
-    start_jax(config)
-    run_dir = Path(config.run.dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
-    rows = open_rows(config)
-    system = load_system(config)
-    order = DataOrder(rows.count, config.run.seed, config.data.shuffle)
+    started = time.monotonic()
+    run = RunDirectory(Path(config.run.dir or f"runs/{name}"))
+    model = run.path / "model"
+    with run.locked(), listening() as stop:
+        run.check_config(config)
+        if run.read_summary().get("num_steps", 0) < config.sft.num_steps or not model.is_dir():
+            start_jax(config)
+            rows = open_rows(config, run)
+            system = load_system(config)
+            run.start(config)
+            with (
+                contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
+                MetricsLog(run.path, store.latest_step or 0) as log,
+            ):
+                updater, state, spent = begin(config, system, rows, store)
+                started -= spent
+                state = run_steps(run, config, name, system, rows, updater, state, log, store, stop, started)
+            write_model_directory(system.directory, model, system.model.config, jax.device_get(state.params))
+            run.write_summary(summarize(config, name, read_metrics(log.path), time.monotonic() - started))
+        print(f"loss: {run.read_summary()['nll']}\nmodel: {model}")
+    return run.path
+
+
+def begin(config: Config, system: System, rows: SftRows, store: CheckpointStore) -> tuple[Updater, TrainState, float]:
+    """The state at the first step, or at the last checkpoint, and the seconds that earlier processes spent on it."""
     updater = make_updater(config, system, config.sft.num_steps, SFT_LOSS)
     state = updater.init(system.params)
-    store = CheckpointStore(run_dir / "checkpoints", config.run.keep_checkpoints)
-    first = store.latest_step or 0
-    if first:
-        state = store.restore(state, system.mesh).state
+    if store.latest_step is None:
+        return updater, state, 0.0
+    saved = store.restore(state, system.mesh)
+    if saved.meta["data"] != rows.hash:
+        raise UserError(
+            f"sft.data: {config.sft.data} does not hold the rows with which the run in {store.directory.parent} began. "
+            "Put them back, or name another run.dir."
+        )
+    return updater, saved.state, saved.meta["wall_s"]
 
-    def build(step: int) -> list[TrainBatch]:
-        indices = [order[step * config.sft.batch_size + i] for i in range(config.sft.batch_size)]
-        made = [sft_row(system, *rows.read(index), config.sft.max_completion_tokens) for index in indices]
-        micro = config.training.micro_batch_size or config.sft.batch_size
-        return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, len(made), micro)
 
-    with (
-        MetricsLog(run_dir, first) as log,
-        RunProgress(config.sft.num_steps, first, title=name) as progress,
-        ThreadPoolExecutor(1) as ahead,
-    ):
-        coming = ahead.submit(build, first)
-        for step in range(first, config.sft.num_steps):
-            begin = time.monotonic()
-            batches = coming.result()
-            coming = ahead.submit(build, step + 1)
-            state, metrics = updater.step(state, batches)
-            found = {"nll": float(metrics["nll"]), "gradient_norm": float(metrics["gradient_norm"])}
-            log.write(step, found | {"seconds": time.monotonic() - begin})
-            progress.update(step + 1, {"loss": found["nll"]})
-            if (step + 1) % config.run.save_every == 0 or step + 1 == config.sft.num_steps:
-                store.save(step + 1, Saved(state, {}, {"step": step + 1}))
-    store.close()
-    write_model_directory(system.directory, run_dir / "model", system.model.config, jax.device_get(state.params))
-    return run_dir
+def run_steps(
+    run: RunDirectory,
+    config: Config,
+    name: str,
+    system: System,
+    rows: SftRows,
+    updater: Updater,
+    state: TrainState,
+    log: MetricsLog,
+    store: CheckpointStore,
+    stop: StopRequest,
+    started: float,
+) -> TrainState:
+    """From `state`, that of the newest checkpoint, to the last step. Batches are made one step ahead."""
+    order = DataOrder(rows.count, config.run.seed, config.data.shuffle)
+    first, num_steps = store.latest_step or 0, config.sft.num_steps
+    with RunProgress(num_steps, first, title=name) as progress, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(next_batches, config, system, rows, order, first, run)
+        for step in range(first, num_steps):
+            with stop.held():
+                begin = time.monotonic()
+                batches = coming.result()
+                if step + 1 < num_steps:
+                    coming = ahead.submit(next_batches, config, system, rows, order, step + 1, run)
+                state, metrics = updater.step(state, batches)
+                found = {"nll": float(metrics["nll"]), "gradient_norm": float(metrics["gradient_norm"])}
+                log.write(step, found | {"seconds": time.monotonic() - begin})
+                progress.update(step + 1, {"loss": found["nll"]})
+                if (step + 1) % config.run.save_every == 0 or step + 1 == num_steps or stop.asked:
+                    meta = {"step": step + 1, "data": rows.hash, "wall_s": time.monotonic() - started}
+                    store.save(step + 1, Saved(state, {}, meta))
+    return state
+
+
+def next_batches(
+    config: Config, system: System, rows: SftRows, order: DataOrder, step: int, run: RunDirectory
+) -> list[TrainBatch]:
+    """The micro-batches of a step. Rows that cannot become a prompt are listed in `run` and left out."""
+    size, made = config.sft.batch_size, []
+    for place in range(step * size, (step + 1) * size):
+        problem, spans = rows.read(order[place])
+        try:
+            made.append(sft_row(system, problem, spans, config.sft.max_completion_tokens))
+        except BadPrompt as error:
+            run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
+    if not made:
+        raise UserError(f"step {step}: none of its {size} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
+    micro = config.training.micro_batch_size or size
+    return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro)
+
+
+def summarize(config: Config, name: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+    """What `summary.json` holds; `nll` is the mean over the last tenth of the steps, at least five."""
+    last = [row["nll"] for row in rows[-max(5, len(rows) // 10) :] if row["nll"] is not None]
+    return {
+        "name": name,
+        "num_steps": config.sft.num_steps,
+        "nll": float(np.mean(last)) if last else None,
+        "wall_s": wall_s,
+        "seed": config.run.seed,
+        "device": f"{len(jax.devices())} × {jax.devices()[0].device_kind}",
+    } | versions()

@@ -1,8 +1,8 @@
-"""Being asked to stop: Ctrl-C and SIGTERM are noticed between steps, so that a run ends with a checkpoint."""
+"""Being asked to stop: what Ctrl-C and SIGTERM do, so that a run ends with all it has done on the disk."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 from rethinker_jax.errors import Stopped
@@ -11,23 +11,42 @@ INTERRUPTED, PREEMPTED = 130, 75
 
 
 class StopRequest:
-    """`exit_code` is None until someone asks; a second Ctrl-C ends the process at once."""
+    """A request raises Stopped at once, or at the end of the block that holds it back. A second Ctrl-C never waits."""
 
     def __init__(self) -> None:
-        self.exit_code: int | None = None
+        self._exit_code: int | None = None
+        self._held = False
+
+    @property
+    def asked(self) -> bool:
+        return self._exit_code is not None
+
+    @contextlib.contextmanager
+    def held(self) -> Generator[None]:
+        """For a step and its checkpoint: a request that comes inside is raised at the end, unless something else is."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._exit_code is not None:
+            raise _stopped(self._exit_code)
 
     def hear(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.exit_code is not None:
+        if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
-        self.exit_code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        self._exit_code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        if not self._held:
+            raise _stopped(self._exit_code)
 
-    def stopped(self, step: int) -> Stopped:
-        why = "interrupted" if self.exit_code == INTERRUPTED else "asked to stop (SIGTERM)"
-        return Stopped(f"{why} after step {step}, checkpoint saved; the same command goes on from there", self.exit_code or 0)
+
+def _stopped(exit_code: int) -> Stopped:
+    why = "interrupted" if exit_code == INTERRUPTED else "asked to stop (SIGTERM)"
+    return Stopped(f"{why}; the same command goes on from the last checkpoint", exit_code)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[StopRequest]:
+def listening() -> Generator[StopRequest]:
     """Hear SIGINT and SIGTERM while the block runs; the handlers from before come back after it."""
     request = StopRequest()
     before = {number: signal.signal(number, request.hear) for number in (signal.SIGINT, signal.SIGTERM)}

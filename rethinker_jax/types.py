@@ -61,6 +61,7 @@ class Prompt:
     image_index   int32 [seq]: for an image token, its place among this prompt's merged image tokens (row-major, image
                   after image); -1 elsewhere.
     next_position the m-RoPE position, on all three axes, of the first completion token.
+    text          the chat text with one pad an image, for people to read.
     """
 
     problem: Problem
@@ -69,6 +70,7 @@ class Prompt:
     image_index: np.ndarray
     next_position: int
     images: tuple[ImagePatches, ...] = ()
+    text: str = ""
 
     def __len__(self) -> int:
         return len(self.token_ids)

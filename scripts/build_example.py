@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rethinker_jax.errors import UserError
+from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.pipeline import run_pipeline
 from rethinker_jax.system import EXAMPLE_MODEL
@@ -32,6 +32,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     shutil.copytree(directory / "habits" / "model", options.output, dirs_exist_ok=True)
     print(options.output)
     return 0

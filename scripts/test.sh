@@ -8,4 +8,4 @@ make_venv ".[test${RETHINKER_EXTRA:+,$RETHINKER_EXTRA}]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/ty check --python .venv
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -34,7 +34,10 @@ def test_one_right_of_four(estimator, wanted):
 @pytest.mark.parametrize(
     "estimator, wanted",
     [
-        ("group_mean", [3 / 4, -1 / 4, -1 / 4, 3 / 4]),  # baseline 1/4, of the first responses; 2/4 if of the final ones
+        (
+            "group_mean",
+            [3 / 4, -1 / 4, -1 / 4, 3 / 4],
+        ),  # baseline 1/4, of the first responses; 2/4 if of the final ones
         # both together: 3 right of 8, std sqrt(3/8 · 5/8)
         ("group_std", np.array([3, -1, -1, 3]) / 4 / (15 / 64) ** 0.5),
         # the forced sample's siblings were 0, 0, 1; the honest success's 0, 0, 0

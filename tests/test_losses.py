@@ -1,5 +1,7 @@
 """The losses against loops in numpy, and their normalisers under every split of the batch."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def oracle(new, old, advantages):
     """PPO's clipped loss, one token at a time: -min(ρA, clip(ρ)A)."""
     loss, ratios = np.zeros(new.shape), np.exp(new.astype(np.float64) - old)
     for (i, t), ratio in np.ndenumerate(ratios):
-        clipped = min(max(ratio, 1 - LOW), 1 + HIGH)
+        clipped = min(max(float(ratio), 1 - LOW), 1 + HIGH)
         loss[i, t] = -min(ratio * advantages[i], clipped * advantages[i])
     return loss, ratios
 
@@ -120,13 +122,13 @@ def test_every_split_gives_the_same_loss_and_gradient(aggregation, splits):
         return np.array(jax.value_and_grad(share)(jnp.ones(()), chosen))
 
     edges = np.cumsum((0, *splits))
-    parts = [both(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [both(slice(a, b)) for a, b in itertools.pairwise(edges)]
     np.testing.assert_allclose(sum(parts)[0], wanted, rtol=1e-5)
     np.testing.assert_allclose(sum(parts), both(slice(0, 8)), rtol=1e-4)
 
 
 def test_the_splits_above_would_tell_a_mean_of_means():
-    """Of the data, not of the program: micro-batch means of it differ from the whole's by far more than the tolerance."""
+    """Of the data, not of the program: its micro-batch means differ from the whole's by far more than the tolerance."""
     new, old, advantages, mask, _ = batch()
     per_token, _ = oracle(new, old, advantages)
     means = [per_token[a:b][mask[a:b]].mean() for a, b in [(0, 5), (5, 8)]]

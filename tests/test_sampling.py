@@ -25,7 +25,6 @@ from sampling_cases import (
     make_config,
     make_prompts,
     make_requests,
-    make_system,
     mesh_completions,
     naive_greedy,
 )
@@ -33,17 +32,17 @@ from sampling_cases import (
 from rethinker_jax.config import LossConfig, MeshConfig, SamplingConfig
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
-from rethinker_jax.system import System, make_updater
+from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.batch import TrainRow, pack_rows
 from rethinker_jax.training.update import Updater
 from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Prompt
 
 PLAIN = Budgets(first=NEW)
 SECOND_LOOK = 5
-MAX_FIRST = 7
+MAX_FIRST = 5
 FORCED = Budgets(first=NEW, second=SECOND_LOOK, max_first=MAX_FIRST, trigger_width=4)
 CONTINUED = Budgets(first=MAX_FIRST, second=SECOND_LOOK, prefix_width=MAX_FIRST + 4)
-NEAR = 1e-5  # between log-probs of other shapes; sums are taken in another order
+NEAR = 5e-5  # between log-probs of other shapes; sums are taken in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +84,17 @@ class Loaded:
     @functools.cached_property
     def free(self) -> list[Completion]:
         """All requests' completions, which only their budget ends."""
-        return self.draw(ignore_eos=True)
+        return self.draw(ends=())
 
     @functools.cached_property
-    def ends(self) -> tuple[int, int, int]:
-        """Three tokens that end many of the `free` completions early; one of them no first one of any."""
-        firsts = {int(one.token_ids[0]) for one in self.free}
-        counts = np.bincount(np.concatenate([one.token_ids[1:6] for one in self.free]))
-        common = [int(token) for token in np.argsort(-counts)]
-        return common[0], common[1], next(token for token in common[2:] if token not in firsts)
+    def common(self) -> tuple[int, ...]:
+        """Tokens by how often they stand early in `free`; as end tokens they end some early, some late, some never."""
+        counts = np.bincount(np.concatenate([one.token_ids[:6] for one in self.free]))
+        return tuple(np.argsort(-counts, kind="stable").tolist())
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.common[:4]
 
     @functools.cached_property
     def forced_requests(self) -> list[Request]:
@@ -109,7 +110,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     directory = tmp_path_factory.mktemp("model")
     build_directory(directory)
     config = make_config(directory, MeshConfig())
-    system = make_system(config)
+    system = load_system(config)
     return Loaded(
         directory, system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
         make_requests(make_prompts(system)), system.tokenizer.encode("\n\nWait"),
@@ -146,7 +147,7 @@ def trainer_log_probs(loaded: Loaded, completions: Sequence[Completion]) -> list
 
 def test_log_probs_are_the_trainers(loaded: Loaded) -> None:
     """Catches log-probs of the truncated or tempered distribution, of the replaced end token, or one place off."""
-    drawn, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.ends, temperature=0.8, top_p=0.9)
+    drawn, _ = loaded.generate(loaded.forced_requests, FORCED, ends=loaded.common[:12], temperature=0.8, top_p=0.9)
     whole = [one.completion for one in drawn]
     firsts = [one.first or one.completion for one in drawn]
     assert sum(one.forced for one in whole) >= 4 and {one.finish_reason for one in whole} == {"stop", "length"}
@@ -157,7 +158,7 @@ def test_log_probs_are_the_trainers(loaded: Loaded) -> None:
 
 def test_greedy_is_that_of_a_loop_without_caches(loaded: Loaded) -> None:
     """Catches what each part may do right and the loop wrong: positions, masks, the ring, the first token's logits."""
-    found = loaded.draw(temperature=0.0, ignore_eos=True)
+    found = loaded.draw(temperature=0.0, ends=())
     wanted = naive_greedy(loaded.system, loaded.prompts, NEW)
     assert len({tuple(ids) for ids in wanted}) == len(wanted)  # the prompts matter
     for place, request in enumerate(loaded.requests):
@@ -196,6 +197,7 @@ def test_eight_devices_draw_what_one_does(loaded: Loaded) -> None:
     wanted = mesh_completions(loaded.system)
     script = Path(__file__).parent / "sampling_cases.py"
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parent.parent)}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half of the time, and other roundings
     done = subprocess.run(
         [sys.executable, script, loaded.directory], env=env, capture_output=True, text=True, timeout=300
     )
@@ -240,8 +242,8 @@ def test_randomness_has_a_name(loaded: Loaded) -> None:
     free = [tuple(one.token_ids.tolist()) for one in loaded.free]
     assert len(set(free)) == len(free)
     again, step, seed = (
-        [tuple(one.token_ids.tolist()) for one in loaded.draw(ignore_eos=True, **name)]
-        for name in ({}, {"step": 1}, {"seed": 1})
+        [tuple(one.token_ids.tolist()) for one in loaded.draw(ends=(), **name)]
+        for name in ({"step": 0}, {"step": 1}, {"seed": 1})
     )
     assert again == free
     for other in (step, seed):
@@ -257,7 +259,7 @@ def test_end_tokens_and_budgets(loaded: Loaded) -> None:
     found = loaded.draw(ends=loaded.ends)
     wanted = [cut_at(one, loaded.ends) for one in loaded.free]
     assert [(one.token_ids.tolist(), one.finish_reason) for one in found] == wanted
-    assert {one.token_ids[-1] for one in found if one.finish_reason == "stop"} == set(loaded.ends)
+    assert len({one.token_ids[-1] for one in found if one.finish_reason == "stop"}) >= 2
     assert {len(one) for one in found if one.finish_reason == "length"} == {NEW}
     for one in found:
         shown = one.token_ids[:-1] if one.finish_reason == "stop" else one.token_ids
@@ -277,7 +279,7 @@ def printable(loaded: Loaded, completions: Sequence[Completion]) -> str:
     """A string that begins inside one token and ends inside the next, drawn by one of the completions."""
     for one in completions:
         for place in range(2, len(one) - 2):
-            pair = [loaded.system.tokenizer.decode([token]) for token in one.token_ids[place : place + 2]]
+            pair = [loaded.system.tokenizer.decode(one.token_ids[i : i + 1]) for i in (place, place + 1)]
             if all(len(text) >= 2 and text.isascii() and text.isprintable() for text in pair):
                 return pair[0][1:] + pair[1][:-1]
     raise AssertionError("no two neighbouring tokens are long enough")
@@ -288,8 +290,8 @@ def test_stop_strings(loaded: Loaded, steps_per_call: int) -> None:
     """Catches a cut that hangs on when the host looked, a text with the string, one across tokens missed."""
     tokenizer = loaded.system.tokenizer
     strings = (printable(loaded, loaded.free), printable(loaded, loaded.free[12:]))
-    found = loaded.draw(ends=loaded.ends[2:], stop_strings=strings, steps_per_call=steps_per_call)
-    plain = loaded.draw(ends=loaded.ends[2:])
+    found = loaded.draw(ends=loaded.ends[3:], stop_strings=strings, steps_per_call=steps_per_call)
+    plain = loaded.draw(ends=loaded.ends[3:])
     stopped = 0
     for ours, whole in zip(found, plain, strict=True):
         texts = [tokenizer.decode(whole.token_ids[:count]) for count in range(len(whole) + 1)]
@@ -347,12 +349,12 @@ def test_a_trigger_takes_the_place_of_the_end_token(loaded: Loaded) -> None:
 
 def test_the_longest_forced_completion_fits(loaded: Loaded) -> None:
     """Catches a ring or an output that is too short for first response, trigger and second look at their budgets."""
-    rows = [place for place, one in enumerate(loaded.free) if one.token_ids[MAX_FIRST - 1] not in one.token_ids[:-4]]
-    row = rows[0]
+    last = MAX_FIRST - 1
+    row = next(n for n, one in enumerate(loaded.free) if one.token_ids[last] not in one.token_ids[:last])
     requests = [dataclasses.replace(one, trigger_ids=np.tile(loaded.trigger, 2)[:4]) for one in loaded.requests]
-    end = int(loaded.free[row].token_ids[MAX_FIRST - 1])
+    end = int(loaded.free[row].token_ids[last])
     found = loaded.draw(requests, FORCED, ends=(end,))
-    assert len(found[row]) == MAX_FIRST - 1 + 4 + SECOND_LOOK == FORCED.total - 1
+    assert len(found[row]) == last + 4 + SECOND_LOOK == FORCED.total - 1  # the end token is not in it
     for ours, theirs in zip(found, trainer_log_probs(loaded, found), strict=True):
         np.testing.assert_allclose(ours.log_probs, theirs, rtol=0, atol=1e-4)
 
@@ -434,7 +436,7 @@ def test_an_image_of_two_prompts_is_counted_once(loaded: Loaded) -> None:
     pairs = [
         dataclasses.replace(one, prompt=twin) if one.prompt is loaded.prompts[1] else one for one in loaded.requests
     ]
-    found, counters = loaded.generate(pairs, ignore_eos=True)
+    found, counters = loaded.generate(pairs, ends=())
     assert (counters.prompts, counters.images) == (6, 6)
     ours, theirs = found[0].completion, found[NUM_SAMPLES].completion
     assert ours.token_ids.tolist() == loaded.free[0].token_ids.tolist() != theirs.token_ids.tolist()

@@ -48,6 +48,9 @@ class Model:
     norm: nnx.GraphDef
     remat: bool = False
 
+    def __hash__(self) -> int:
+        return hash((self.config, self.remat))  # the graphs follow from the config, and take half a millisecond to hash
+
     def encode_images(self, params: Params, vision: VisionBatch) -> Float[Array, "merged d_model"]:
         """Merged image tokens, as a table that `image_index` points into."""
         tower: VisionTower = nnx.merge(self.vision, params["vision"])

@@ -132,6 +132,7 @@ class PromptBuilder:
             image_index=np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32),
             next_position=next_position,
             images=images,
+            text=self.tokenizer.render(problem, self.template_name),
         )
 
 

@@ -15,10 +15,12 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import MASKED
 from rethinker_jax.models.qwen25vl import Model, Params
+from rethinker_jax.models.sharding import ROWS
 from rethinker_jax.sampling.choose import choose_tokens, uniforms
 from rethinker_jax.sampling.prefill import LayerCache
 from rethinker_jax.types import FIRST, SECOND, TRIGGER, FinishReason
@@ -119,7 +121,39 @@ class LoopState:
     outputs: Outputs
 
 
-def start(model: Model, prompts: Prompts, num_requests: int, num_slots: int, length: int) -> LoopState:
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the loop's state lies. Left to the compiler it would move in the first call, and the second compile again.
+
+    slots: over the batch axes. caches: these and kv_heads over `tensor`. whole: on every device.
+    """
+
+    slots: NamedSharding
+    caches: NamedSharding
+    whole: NamedSharding
+
+    @classmethod
+    def on(cls, mesh: Mesh, num_slots: int, kv_heads: int) -> "Places":
+        """Slots stay whole where the batch axes do not divide their number, kv_heads where `tensor` does not."""
+        rows = ROWS if num_slots % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else PartitionSpec(None)
+        heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+        specs = rows, PartitionSpec(*rows, heads), PartitionSpec()
+        return cls(*[NamedSharding(mesh, spec) for spec in specs])
+
+    def put(self, state: LoopState) -> LoopState:
+        def place(tree: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
+
+        slots = dataclasses.replace(
+            place(state.slots, self.slots),
+            prompt_caches=place(state.slots.prompt_caches, self.caches),
+            ring=place(state.slots.ring, self.caches),
+        )
+        return dataclasses.replace(place(state, self.whole), slots=slots)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4, 5))
+def start(model: Model, places: Places, prompts: Prompts, num_requests: int, num_slots: int, length: int) -> LoopState:
     """Idle slots and empty outputs; `length` bounds every completion, inserted tokens included."""
     config = model.config
     dtype, prompt_length = prompts.caches[0][0].dtype, prompts.caches[0][0].shape[-1]
@@ -140,12 +174,13 @@ def start(model: Model, prompts: Prompts, num_requests: int, num_slots: int, len
         counts - 1, jnp.zeros(num_requests, jnp.float32),
     )  # fmt: skip
     zero = jnp.zeros((), jnp.int32)
-    return LoopState(zero, zero, zero, slots, outputs)
+    return places.put(LoopState(zero, zero, zero, slots, outputs))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
 def run(
     model: Model,
+    places: Places,
     params: Params,
     prompts: Prompts,
     requests: Requests,
@@ -169,7 +204,7 @@ def run(
         slots, outputs = _write_tokens(logits, slots, requests, rules, state.outputs)
         return LoopState(state.step + 1, next_request, busy, slots, outputs)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    return places.put(jax.lax.while_loop(unfinished, body, state))
 
 
 def _refill(

@@ -6,17 +6,16 @@ The host looks every `steps_per_call` steps, to free the slot; where a completio
 
 import bisect
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rethinker_jax.config import SamplingConfig
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import ROWS, place_rows
+from rethinker_jax.models.sharding import place_rows
 from rethinker_jax.prompts.batch import bucket, pack_prompts
 from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry
@@ -112,12 +111,13 @@ class Sampler:
         prefilled = self._prefill(params, prompts, num_prompts or len(prompts))
         num_slots = min(settings.num_slots or len(requests), len(requests))
         asked = self._requests(requests, place_of, settings, budgets, (seed, step), second_temperature)
-        state = _start(self.model, self.mesh, prefilled, len(requests), num_slots, budgets.total)
+        places = decode.Places.on(self.mesh, num_slots, self.model.config.kv_heads)
+        state = decode.start(self.model, places, prefilled, len(requests), num_slots, budgets.total)
         rules = self._rules(settings)
         done = False
         while not done:
             state = decode.run(
-                self.model, params, prefilled, asked, rules, state, len(requests), settings.steps_per_call
+                self.model, places, params, prefilled, asked, rules, state, len(requests), settings.steps_per_call
             )
             if settings.stop_strings:
                 state = self._free_stopped(state, requests, settings.stop_strings)
@@ -274,28 +274,3 @@ _keys = jax.jit(request_keys)
 def _without(in_slots: jax.Array, stopped: jax.Array) -> jax.Array:
     """Requests in slots, -1 where the slot was idle or its request is `stopped`."""
     return jnp.where((in_slots >= 0) & stopped[jnp.maximum(in_slots, 0)], -1, in_slots)
-
-
-def _start(
-    model: Model, mesh: Mesh, prompts: decode.Prompts, num_requests: int, num_slots: int, length: int
-) -> decode.LoopState:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = NamedSharding(mesh, ROWS if num_slots % shards == 0 else PartitionSpec())
-    whole = NamedSharding(mesh, PartitionSpec())
-    return _start_jitted(model, rows, whole, prompts, num_requests, num_slots, length)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 4, 5, 6))
-def _start_jitted(
-    model: Model,
-    rows: NamedSharding,
-    whole: NamedSharding,
-    prompts: decode.Prompts,
-    num_requests: int,
-    num_slots: int,
-    length: int,
-) -> decode.LoopState:
-    state = decode.start(model, prompts, num_requests, num_slots, length)
-    place = jax.lax.with_sharding_constraint
-    slots = jax.tree.map(lambda leaf: place(leaf, rows), state.slots)
-    return dataclasses.replace(jax.tree.map(lambda leaf: place(leaf, whole), state), slots=slots)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rethinker_jax.errors import UserError
 from rethinker_jax.training.update import TrainState
 
+FILLER = {"_": np.zeros(1, np.int8)}  # orbax refuses an item without arrays
+
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
@@ -23,10 +25,18 @@ class Saved:
 
 
 class CheckpointStore:
-    """The checkpoints of one run directory, newest `keep` of them. Writing is asynchronous; `close` waits for it."""
+    """The checkpoints of one run directory, newest `keep` of them. Writing is asynchronous; `close` waits for it.
+
+    `keep` 0 opens them for reading alone and touches nothing: a run may be writing there.
+    """
 
     def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = (
+            # What a killed run left half written is cleared away.
+            ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+            if keep
+            else ocp.CheckpointManagerOptions(create=False)
+        )
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
         self.directory = directory
 
@@ -37,7 +47,7 @@ class CheckpointStore:
     def save(self, step: int, saved: Saved) -> None:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_as_dict(saved.state)),
-            arrays=ocp.args.StandardSave(saved.arrays),
+            arrays=ocp.args.StandardSave(saved.arrays | FILLER),
             meta=ocp.args.JsonSave(saved.meta),
         )
         self._manager.save(step, args=args, force=True)
@@ -64,7 +74,9 @@ class CheckpointStore:
                 "Start with the config of the run, or name another run.dir."
             ) from error
         return Saved(
-            TrainState(**found.state), {name: np.asarray(value) for name, value in found.arrays.items()}, found.meta
+            TrainState(**found.state),
+            {name: np.asarray(value) for name, value in found.arrays.items() if name not in FILLER},
+            found.meta,
         )
 
     def wait(self) -> None:

@@ -25,18 +25,21 @@ def frozen_mask(params: Any, freeze: Sequence[str]) -> Any:
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """Linear warm-up, then constant, or cosine down to `final_fraction` of the rate at `num_updates`."""
+    """Linear warm-up, then constant, or cosine down to `final_fraction` of the rate at the last of `num_updates`.
+
+    The first update has the rate after one step of warm-up: at optax's own step 0 it would be 0, and a batch wasted.
+    """
     if config.schedule == "constant":
-        if config.warmup_steps == 0:  # optax would stay at the rate that a warm-up begins with, 0
-            return optax.constant_schedule(config.learning_rate)
-        return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0,
-        config.learning_rate,
-        config.warmup_steps,
-        max(num_updates, config.warmup_steps + 1),
-        config.learning_rate * config.final_fraction,
-    )
+        schedule = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0,
+            config.learning_rate,
+            config.warmup_steps,
+            max(num_updates, config.warmup_steps + 1),
+            config.learning_rate * config.final_fraction,
+        )
+    return lambda count: schedule(count + 1)
 
 
 def make_optimizer(
