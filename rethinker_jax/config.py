@@ -123,7 +123,7 @@ class RethinkConfig:
         "\n\nWait, let's double check",
         "\n\nWait, there might be a mistake",
     )
-    odds: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.25, 0.25)  # of the triggers; under `paper` the last two share theirs by verdict
+    odds: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.25, 0.25)  # of the triggers; rule paper: the last two share
     temperature: NonNegativeFloat = 0.9  # of the second look
     max_new_tokens: Positive = 1024  # of the second look; longer ones are not kept
     max_first_tokens: Positive = 1024  # longer first responses are not eligible
@@ -173,7 +173,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning on completions (`main sft`). Rows: a problem with a `completion` (a text, or a list of {text, loss})."""
+    """Supervised fine-tuning (`main sft`). Rows: problems with a `completion`: text or [{text, loss}]."""
 
     data: str = ""  # parquet or JSON lines with a completion column, or example:sft-STAGE
     num_steps: Positive = 1000

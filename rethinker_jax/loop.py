@@ -68,7 +68,7 @@ class Splits:
 def train(config: Config, name: str) -> Path:
     """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns its directory."""
     started = time.monotonic(), time.process_time()
-    run = RunDirectory(Path(config.run.dir or f"runs/{name}"))
+    run = RunDirectory(Path(config.run.dir or f"runs/{name}"), "rl")
     with run.locked(), listening() as stop:
         run.check_config(config)
         summary = run.read_summary()

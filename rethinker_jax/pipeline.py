@@ -118,7 +118,9 @@ def run_stage(directory: Path, stage: Stage, source: str, outputs: dict[str, str
         "output": outputs[stage.name],
         "inputs": inputs,
     }
-    changed = [] if before is None else _changes(before, entry, RunDirectory(directory / stage.name), config)
+    changed = (
+        [] if before is None else _changes(before, entry, RunDirectory(directory / stage.name, stage.kind), config)
+    )
     if before is not None and not changed and before["status"] == "done" and Path(entry["output"]).is_dir():
         print(f"stage {stage.name}: done before")
         return

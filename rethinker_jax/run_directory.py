@@ -10,9 +10,9 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Generator, Iterable, Sequence, Set
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config, save_config
@@ -28,15 +28,23 @@ FREE_KEYS = LENGTHS | {
     "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
 }  # fmt: skip
 
+Kind = Literal["rl", "sft"]
+# Sections of the config that a kind of run does not read.
+UNUSED: Mapping[Kind, frozenset[str]] = {
+    "rl": frozenset({"sft"}),
+    "sft": frozenset({"sampling", "rollout", "verifier", "advantage", "replay", "rethink", "loss", "evaluation"}),
+}
+
 
 class RunDirectory:
     """config.yaml, metrics.jsonl, rollouts/, evaluations/, checkpoints/, summary.json, report.html.
 
-    Nothing is made before `locked` is entered.
+    Nothing is made before `locked` is entered. `kind` says which sections of the config count.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kind: Kind):
         self.path = path
+        self.kind: Kind = kind
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
@@ -58,7 +66,7 @@ class RunDirectory:
         return [
             f"{key} was {before[key]!r}, is {now[key]!r}"
             for key in now
-            if key not in free and before.get(key) != now[key]
+            if key not in free and key.partition(".")[0] not in UNUSED[self.kind] and before.get(key) != now[key]
         ]
 
     def check_config(self, config: Config) -> None:

@@ -31,10 +31,10 @@ from rethinker_jax.types import Problem
 
 Span = tuple[str, bool]  # text, and whether it is learned
 SFT_LOSS = LossConfig(nll_coefficient=1.0)
-# The embedded example's stages: clean solutions and captions; the same with a share of second looks; bad habits.
+# The embedded example's stages: clean solutions and captions; the same with second looks; bad habits.
 EXAMPLE_STAGES: dict[str, tuple[Stage, float]] = {
     "example:sft-clean": ("clean", 0.0),
-    "example:sft-look": ("clean", 0.25),
+    "example:sft-look": ("clean", 0.7),
     "example:sft-noisy": ("noisy", 0.0),
 }
 SILENT = 0.85  # share of second looks whose trigger is not learned: the skill is there, but not volunteered
@@ -115,7 +115,7 @@ def sft_row(system: System, problem: Problem, spans: tuple[Span, ...], max_token
 def fine_tune(config: Config, name: str) -> Path:
     """The `sft` command. Returns the run directory; its `model/` is the tuned Hugging Face directory."""
     started = time.monotonic()
-    run = RunDirectory(Path(config.run.dir or f"runs/{name}"))
+    run = RunDirectory(Path(config.run.dir or f"runs/{name}"), "sft")
     model = run.path / "model"
     with run.locked(), listening() as stop:
         run.check_config(config)

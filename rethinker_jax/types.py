@@ -25,7 +25,7 @@ SEGMENT_NAMES = ("first", "trigger", "second_look")
 class Problem:
     """One row of a dataset.
 
-    `images` holds encoded image files (PNG, JPEG, ...) as bytes, or paths that were checked to lie under the image root.
+    `images` holds image files (PNG, JPEG, ...) as bytes, or paths that were checked to lie under the image root.
     `row` is the whole row as it was read, for rewards that need other columns.
     """
 
@@ -46,7 +46,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePatches:
-    """One preprocessed image: `patches` float32 [num_patches, patch_dim] in merge-block order, `grid` = (t, h, w) in patches."""
+    """An image: `patches` float32 [num_patches, patch_dim] by merge blocks, `grid` = (t, h, w) in patches."""
 
     patches: np.ndarray
     grid: tuple[int, int, int]

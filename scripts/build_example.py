@@ -2,8 +2,8 @@
 
     python scripts/build_example.py [--output DIR] [section.key=value ...]
 
-Runs the stages of configs/example_pipeline.yaml that come before RL, from random weights, and writes the last one's model
-to DIR (default: rethinker_jax/example/model, which ships with the package). Overrides hold for every stage; the stages
+Runs the stages of configs/example_pipeline.yaml that come before RL, from random weights, and writes the last model to
+DIR (default: rethinker_jax/example/model, which ships with the package). Overrides hold for every stage; the stages
 lie in runs/example_pipeline and are gone on with.
 """
 

@@ -116,12 +116,13 @@ def mesh_completions(system: System) -> list[Completion]:
 
 def main(directory: Path) -> None:
     """Print for every mesh the completions' tokens and log-probs, and how many decode loops were compiled."""
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **names: (
-            compiled.append(names["fun_name"]) if event.endswith("backend_compile_duration") else None
-        )
-    )
+    compiled: list[str | int] = []
+
+    def note(event: str, duration_secs: float, **names: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(names["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
     found = []
     for mesh in MESHES:
         compiled.clear()

@@ -1,5 +1,7 @@
 """Token choice against a softmax and a sorting oracle in float64. Uniform numbers are a grid, so counts are exact."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def draw(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> np.ndarray:
-    """One token for every uniform number, from `logits` [vocab] or [rows, vocab]; always on the grid's number of rows."""
+    """One token for every uniform number, from `logits` [vocab] or [rows, vocab]. Always runs on the grid's shape."""
     count, vocab = len(uniform), logits.shape[-1]
     rows = np.resize(np.broadcast_to(logits, (count, vocab)), (len(GRID), vocab)).astype(np.float32)
     allowed = np.ones(vocab, bool)
@@ -91,13 +93,11 @@ def test_frequencies_are_the_softmax(vocab: int, kind: str, temperature: float) 
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["flat", "usual", "peaked"])
 @pytest.mark.parametrize("vocab", VOCABS[1:])
-def test_truncation_is_that_of_sorting(vocab: int, kind: str, options: dict[str, float]) -> None:
+def test_truncation_is_that_of_sorting(vocab: int, kind: str, options: dict[str, Any]) -> None:
     """Catches a threshold off by one token, top-p of the untruncated rest, and settings that leave nothing."""
     logits = logits_of(kind, vocab)
-    tokens = draw(logits, GRID, **options)  # ty: ignore[invalid-argument-type]
-    wanted = truncated(
-        softmax(logits), int(options.get("top_k", 0)), options.get("top_p", 1.0), options.get("min_p", 0)
-    )
+    tokens = draw(logits, GRID, **options)
+    wanted = truncated(softmax(logits), options.get("top_k", 0), options.get("top_p", 1.0), options.get("min_p", 0))
     assert np.abs(np.bincount(tokens, minlength=vocab) - len(GRID) * wanted).max() < 1.02
     assert (wanted[tokens] > 0).all()
     # Every token whose interval is longer than the grid's step is met.
@@ -107,7 +107,8 @@ def test_truncation_is_that_of_sorting(vocab: int, kind: str, options: dict[str,
 def test_ties_at_a_threshold_stay() -> None:
     """Catches a choice among equals by their number."""
     logits = np.array([1.0, 2.0, 0.0, 2.0, 2.0, -1.0], np.float32)
-    for options in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}):
+    cases: list[dict[str, Any]] = [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.9}]
+    for options in cases:
         assert set(draw(logits, GRID, **options).tolist()) == {1, 3, 4}
 
 
@@ -119,7 +120,8 @@ def test_what_is_banned_is_never_drawn(vocab: int) -> None:
     banned = order[: vocab // 2]
     assert not np.isin(draw(logits, GRID, banned=banned), banned).any()
     assert set(draw(logits, GRID, banned=banned, temperature=0.0).tolist()) == {int(order[vocab // 2])}
-    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+    cases: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
+    for options in cases:
         assert set(draw(logits, GRID, banned=banned, **options).tolist()) == {int(order[vocab // 2])}
 
 

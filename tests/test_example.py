@@ -180,7 +180,8 @@ def test_second_looks(some_tasks):
         assert rest.lstrip(":\n") == solutions.solution(task) and rest[0] in ":\n"
         triggers.add(trigger)
         silent += not first_loss
-        right += BOXED.search(first).group(1) == task.answer
+        found = BOXED.search(first)
+        right += found is not None and found.group(1) == task.answer
     assert triggers == set(solutions.TRIGGERS)
     assert abs(silent / len(some_tasks) - 0.85) < 0.07  # standard error 0.018
     # 15 % right guesses and 25 % clean; of the 35 % slipped some come out right by luck (a low bar misread).

@@ -7,7 +7,8 @@ import rethinker_jax
 
 ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
-    {"__init__", "types", "config", "errors", "options", "config_check", "config_file", "config_keys", "mesh_spec", "stopping"},
+    {"__init__", "types", "config", "errors", "options"}
+    | {"config_check", "config_file", "config_keys", "mesh_spec", "stopping"},
     {"prompts", "verify", "example", "report", "rethink", "advantage", "replay", "console", "metrics"},
     {"devices", "models"},
     {"sampling", "training"},

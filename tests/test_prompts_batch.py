@@ -171,6 +171,7 @@ def test_equal_image_objects_are_encoded_once(parts):
     """A group's rows share one prompt: 8 rows, 15 + 2 merged tokens. Catches encoding the image per row."""
     prompt = make_builder(parts).build(PROBLEMS[2])
     batch = pack_prompts([prompt] * 8, GEOMETRY)
+    assert batch.vision is not None
     assert len(batch.vision.merged_index) == 2
     assert batch.vision.valid.sum() == 17 * 4
     assert (batch.text.image_index == batch.text.image_index[0]).all()

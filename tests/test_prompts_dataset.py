@@ -299,7 +299,7 @@ def test_rows_of_a_hub_dataset_come_with_encoded_images():
     )
     part = _hub_rows("a/b:test", table)
     assert part.columns == ["question", "answer", "image"]
-    assert part.rows[0]["image"]["bytes"] == png()
+    assert isinstance(part.rows[0], dict) and part.rows[0]["image"]["bytes"] == png()
 
 
 def test_the_example_is_a_source():

@@ -6,12 +6,7 @@ and must come again in every other: with other end tokens it is the same complet
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +20,6 @@ from sampling_cases import (
     make_config,
     make_prompts,
     make_requests,
-    mesh_completions,
     naive_greedy,
 )
 
@@ -49,7 +43,6 @@ NEAR = 5e-5  # between log-probs of other shapes; sums are taken in another orde
 class Loaded:
     """A model in both layouts, requests, and what they draw when nothing ends them."""
 
-    directory: Path
     system: System
     params: Params
     updater: Updater
@@ -112,7 +105,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     config = make_config(directory, MeshConfig())
     system = load_system(config)
     return Loaded(
-        directory, system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
+        system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
         make_requests(make_prompts(system)), system.tokenizer.encode("\n\nWait"),
     )  # fmt: skip
 
@@ -192,32 +185,13 @@ def test_order_of_requests_changes_nothing(loaded: Loaded, num_slots: int) -> No
     ]
 
 
-def test_eight_devices_draw_what_one_does(loaded: Loaded) -> None:
-    """Catches shardings that mix up slots or heads, and a loop that is compiled again for the state it returned."""
-    wanted = mesh_completions(loaded.system)
-    script = Path(__file__).parent / "sampling_cases.py"
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parent.parent)}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # half of the time, and other roundings
-    done = subprocess.run(
-        [sys.executable, script, loaded.directory], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    meshes = json.loads(done.stdout.splitlines()[-1])
-    assert len(meshes) == 2
-    for found in meshes:
-        assert found["ids"] == [one.token_ids.tolist() for one in wanted]
-        assert found["compiled"] == 1
-        for ours, theirs in zip(found["log_probs"], wanted, strict=True):
-            np.testing.assert_allclose(ours, theirs.log_probs, rtol=0, atol=NEAR)
-
-
 def test_only_shapes_are_compiled(loaded: Loaded) -> None:
     """Catches settings, seeds or the number of samples left as constants of the trace."""
     requests = [dataclasses.replace(one, sample=one.sample + 7) for one in loaded.requests[::-1]]
     loaded.generate(ends=loaded.ends, stop_strings=("never",))
     compiled: list[str] = []
 
-    def count(event: str, _: float, **__: Any) -> None:
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append(event)
 
@@ -275,9 +249,9 @@ def test_ignored_end_tokens_are_not_drawn(loaded: Loaded) -> None:
     assert np.isin([one.token_ids for one in loaded.free], loaded.ends).any()
 
 
-def printable(loaded: Loaded, completions: Sequence[Completion]) -> str:
-    """A string that begins inside one token and ends inside the next, drawn by one of the completions."""
-    for one in completions:
+def across_tokens(loaded: Loaded) -> str:
+    """A string that begins inside one token and ends inside the next, drawn by one of the `free` completions."""
+    for one in loaded.free:
         for place in range(2, len(one) - 2):
             pair = [loaded.system.tokenizer.decode(one.token_ids[i : i + 1]) for i in (place, place + 1)]
             if all(len(text) >= 2 and text.isascii() and text.isprintable() for text in pair):
@@ -285,13 +259,13 @@ def printable(loaded: Loaded, completions: Sequence[Completion]) -> str:
     raise AssertionError("no two neighbouring tokens are long enough")
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 64])
+@pytest.mark.parametrize("steps_per_call", [3, 64])
 def test_stop_strings(loaded: Loaded, steps_per_call: int) -> None:
     """Catches a cut that hangs on when the host looked, a text with the string, one across tokens missed."""
     tokenizer = loaded.system.tokenizer
-    strings = (printable(loaded, loaded.free), printable(loaded, loaded.free[12:]))
-    found = loaded.draw(ends=loaded.ends[3:], stop_strings=strings, steps_per_call=steps_per_call)
-    plain = loaded.draw(ends=loaded.ends[3:])
+    strings, ends = ((across_tokens(loaded),), ()) if steps_per_call == 64 else (("s", "re"), loaded.ends[:1])
+    found = loaded.draw(ends=ends, stop_strings=strings, steps_per_call=steps_per_call)
+    plain = loaded.draw(ends=ends)
     stopped = 0
     for ours, whole in zip(found, plain, strict=True):
         texts = [tokenizer.decode(whole.token_ids[:count]) for count in range(len(whole) + 1)]
@@ -305,7 +279,7 @@ def test_stop_strings(loaded: Loaded, steps_per_call: int) -> None:
         text = texts[cut[0]]
         assert ours.text == text[: min(text.find(string) for string in strings if string in text)]
         assert ours.parts == ((FIRST, ours.text),) and ours.finish_reason == "stop_string"
-    assert 2 <= stopped < len(found)
+    assert len(strings) <= stopped < len(found)
 
 
 # --- second looks ---------------------------------------------------------------------------------------------------
@@ -426,7 +400,7 @@ def test_counters(loaded: Loaded, num_slots: int) -> None:
         slot = free_at.index(min(free_at))
         free_at[slot] += length
     assert counters == Counters(sum(lengths), max(free_at) * slots, images=7, prompts=6)
-    assert num_slots == 0 or counters.busy_steps > 0.9 * counters.slot_steps > sum(lengths[:-3])
+    assert counters.busy_steps < counters.slot_steps < NEW * len(lengths) + (num_slots == 0)
 
 
 def test_an_image_of_two_prompts_is_counted_once(loaded: Loaded) -> None:

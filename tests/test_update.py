@@ -443,8 +443,8 @@ def test_chunks_of_logits_change_nothing(tiny, monkeypatch, tokens_per_chunk):
 
 
 def test_learning_rates():
-    """Catches a first update at rate 0, which wastes a batch, warm-up counted twice in the cosine, a rate that ends at 0
-    instead of its final fraction, and one that stays 0 for good where there is no warm-up."""
+    """Catches a first update at rate 0, which wastes a batch, warm-up counted twice in the cosine, a rate that ends at
+    0 instead of its final fraction, and one that stays 0 for good where there is no warm-up."""
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_steps=4)
     rate = learning_rate_schedule(config, 8)
     np.testing.assert_allclose([rate(step) for step in range(6)], [0.25, 0.5, 0.75, 1, 1, 1])

@@ -47,9 +47,7 @@ class SftExample:
     spans: tuple[Span, ...]
 
 
-def sft_examples(
-    stage: str, seed: int, index: int, second_look_share: float = 0.2, silent: float = 0.0
-) -> SftExample:
+def sft_examples(stage: str, seed: int, index: int, second_look_share: float = 0.2, silent: float = 0.0) -> SftExample:
     """The index-th fine-tuning example of a stage, from the training part; a pure function of its arguments.
 
     clean: captions (`CAPTION_SHARE`; never for text problems), else clean solutions, of which `second_look_share` are

@@ -97,7 +97,8 @@ def build_model_directory(directory: str | os.PathLike[str]) -> None:
     """
     directory = pathlib.Path(directory)
     tokenizer = build_tokenizer(directory)
-    config = tiny_config(tokenizer.get_vocab_size(with_added_tokens=True), tokenizer.token_to_id)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    config = tiny_config(len(ids), ids.__getitem__)
     write_json(directory / "config.json", config)
     write_json(directory / "preprocessor_config.json", _preprocessor_config())
     generation = {

@@ -65,8 +65,8 @@ def work(
     """Steps and final answer that follow from the numbers read; `add_errors[i]` is added to the i-th addition's result.
 
     Adding kinds give the running total, "3+4=7,+1=8"; count goes through the cells, with a number where one counts and
-    its name where it does not, "blue1 no green23 no blue green"; tallest gives "A=3 B=7 C=5". Naming what is passed over
-    makes a tiny model look at every cell: with a bare running count it stayed at guessing (docs/log.md).
+    its name where it does not, "blue1 no green23 no blue green"; tallest gives "A=3 B=7 C=5". Naming what is
+    passed over makes a tiny model look at every cell: with a bare running count it stayed at guessing (docs/log.md).
     """
     if kind in ADDING_KINDS:
         total, steps = numbers[0], str(numbers[0])
@@ -76,7 +76,8 @@ def work(
         return steps, str(total)
     if kind == "count":
         running = np.cumsum(numbers)
-        steps = "".join(str(so_far) if flag else f" {name}" for flag, so_far, name in zip(numbers, running, names, strict=True))
+        cells = zip(numbers, running, names, strict=True)
+        steps = "".join(str(so_far) if flag else f" {name}" for flag, so_far, name in cells)
         return steps.strip(), str(running[-1])
     steps = [f"{name}={height}" for name, height in zip(BAR_NAMES, numbers, strict=True)]
     return " ".join(steps), BAR_NAMES[int(np.argmax(numbers))]

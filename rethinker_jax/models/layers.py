@@ -4,8 +4,8 @@ Every parameter carries its dimension words (`dims`); the sharding rules and the
 A module built with `stack=L` holds L layers' parameters on a leading `layers` dimension; a layer is called on slices of
 them, so the same module definition serves the scanned trainer and the unrolled sampler.
 
-Einsum letters: B batch, S query position, T key position, N heads, K kv_heads, G group (N = K·G), H head_dim, D d_model,
-F d_ff, V vocab; R vision rows, W windows, P patches of a window.
+Einsum letters: B batch, S query position, T key position, N heads, K kv_heads, G group (N = K·G), H head_dim,
+D d_model, F d_ff, V vocab; R vision rows, W windows, P patches of a window.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,9 @@ def normal_init(key: jax.Array, shape: tuple[int, ...], scale: float = 0.02) -> 
     return scale * jax.random.normal(key, shape, jnp.float32)
 
 
-def make_param(rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, stack: int | None, fill: float | None = None) -> nnx.Param:
+def make_param(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dims: str, stack: int | None, fill: float | None = None
+) -> nnx.Param:
     """A float32 parameter of `shape`, with dimension words `dims` (one per axis), stacked over `layers` if asked.
 
     `fill` is a constant (norm scales, biases); without it the values are normal with standard deviation 0.02.

@@ -1,7 +1,8 @@
 """Precision, stated in one place.
 
-float32: everything in float32. bfloat16: weights and activations in bfloat16; norms (with their scales), softmax, rotary
-angles and logits in float32. Parameters that are trained are kept in float32 and cast at the start of each forward pass.
+float32: everything in float32. bfloat16: weights and activations in bfloat16; norms (with their scales), softmax,
+rotary angles and logits in float32. Parameters that are trained are kept in float32 and cast at the start of each
+forward pass.
 """
 
 from typing import Any
@@ -18,7 +19,9 @@ def resolve_dtype(asked: str, checkpoint: str) -> Any:
     """The computation dtype: what the config asks for, or the checkpoint's."""
     name = checkpoint if asked == "auto" else asked
     if name not in DTYPES:
-        raise UserError(f"model.dtype: wanted one of {', '.join(DTYPES)}, came {name!r}. Set model.dtype in the config.")
+        raise UserError(
+            f"model.dtype: wanted one of {', '.join(DTYPES)}, came {name!r}. Set model.dtype in the config."
+        )
     return DTYPES[name]
 
 

@@ -91,7 +91,9 @@ class Model:
             new_caches.append(cache)
         return x, new_caches
 
-    def hidden(self, params: Params, text: TextBatch, image_table: jax.Array | None) -> Float[Array, "batch seq d_model"]:
+    def hidden(
+        self, params: Params, text: TextBatch, image_table: jax.Array | None
+    ) -> Float[Array, "batch seq d_model"]:
         """Final hidden states (before the last norm) of right-padded rows; the teacher-forced pass."""
         x = self.embed(params, text.token_ids, text.image_index, image_table)
         attend = functools.partial(causal_attend, text.lengths)

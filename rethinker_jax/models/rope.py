@@ -29,7 +29,9 @@ def vision_angles(hw: Int[Array, "*dims 2"], head_dim: int, theta: float) -> Flo
     return angles.reshape(*hw.shape[:-1], 2 * quarter)
 
 
-def rotate(x: Float[Array, "*dims heads head_dim"], angles: Float[Array, "*dims half"]) -> Float[Array, "*dims heads head_dim"]:
+def rotate(
+    x: Float[Array, "*dims heads head_dim"], angles: Float[Array, "*dims half"]
+) -> Float[Array, "*dims heads head_dim"]:
     """Rotate pairs (x[i], x[i + half]) by `angles`, in float32, and cast back."""
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,7 +1,7 @@
 """From dimension words to mesh axes: one rule table, two layouts.
 
-*Axis* names a mesh axis, *dimension* an array dimension. The training layout shards weights over `fsdp` and `tensor`; the
-sampling layout over `tensor` only, because weights sharded over `fsdp` would be gathered at every decoded token.
+*Axis* names a mesh axis, *dimension* an array dimension. The training layout shards weights over `fsdp` and `tensor`;
+the sampling layout over `tensor` only, because weights sharded over `fsdp` would be gathered at every decoded token.
 """
 
 import math
@@ -81,6 +81,8 @@ def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] 
     def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         rows = (axis_of or {}).get(path[-1].name, axis)
         fits = array.ndim > rows and array.shape[rows] % shards == 0
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * rows, *ROWS) if fits else PartitionSpec()))
+        return jax.device_put(
+            array, NamedSharding(mesh, PartitionSpec(*[None] * rows, *ROWS) if fits else PartitionSpec())
+        )
 
     return jax.tree_util.tree_map_with_path(place, tree)

@@ -31,9 +31,7 @@ class TextAttention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], Any]:
         query, key = rotate(self.query(x), angles), rotate(self.key(x), angles)
         context, cache = attend(query, key, self.value(x), cache)
-        # Heads flattened: with two contracted dimensions XLA's CPU backend copies the weights at every decoded token.
-        output = self.output[...].reshape(-1, x.shape[-1])
-        return context.reshape(*x.shape[:-1], -1) @ output, cache
+        return jnp.einsum("BSNH,NHD->BSD", context, self.output[...]), cache
 
 
 class DecoderLayer(nnx.Module):

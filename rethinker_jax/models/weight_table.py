@@ -1,7 +1,7 @@
 """Which tensor of a Hugging Face checkpoint is which parameter of ours, and how its axes are turned.
 
-A Hugging Face tensor is cut into `part`s along its rows (the fused vision qkv has three), seen with the shape `view`, and
-its axes are permuted by `perm` into ours. Both directions, and reading slices, follow from the same table.
+A Hugging Face tensor is cut into `part`s along its rows (the fused vision qkv has three), seen with the shape `view`,
+and its axes are permuted by `perm` into ours. Both directions, and reading slices, follow from the same table.
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ def _vector(path: str, name: str, size: int, layers: int = 0) -> Entry:
     return Entry(tuple(path.split(".")), name, (size,), (0,), (size,), layers)
 
 
-def _heads(path: str, name: str, sizes: tuple[int, int, int], layers: int, part: tuple[int, int] = (0, 1)) -> list[Entry]:
+def _heads(
+    path: str, name: str, sizes: tuple[int, int, int], layers: int, part: tuple[int, int] = (0, 1)
+) -> list[Entry]:
     """Kernel and bias of a projection into heads; sizes = (heads, head_dim, inputs)."""
     n, h, d = sizes
     base = tuple(path.split("."))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from rethinker_jax.types import ImagePatches, Prompt
 __all__ = ["PromptBatch", "TextBatch", "bucket", "pack_prompts"]
 
 
-@no_type_check  # also a pytree of jax arrays
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class TextBatch:
     """Token sequences, padded on the right.
@@ -23,10 +23,10 @@ class TextBatch:
     lengths      int32 [batch]; 0 for rows that only fill the batch.
     """
 
-    token_ids: np.ndarray
-    positions: np.ndarray
-    image_index: np.ndarray
-    lengths: np.ndarray
+    token_ids: Any  # numpy here, jax arrays inside jitted functions
+    positions: Any
+    image_index: Any
+    lengths: Any
 
     @property
     def mask(self) -> np.ndarray:
@@ -34,7 +34,7 @@ class TextBatch:
         return np.arange(self.token_ids.shape[1]) < self.lengths[:, None]
 
 
-@no_type_check  # also a pytree of jax arrays
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
     """What prefill needs of a list of prompts.
@@ -45,7 +45,7 @@ class PromptBatch:
 
     text: TextBatch
     vision: VisionBatch | None
-    next_positions: np.ndarray
+    next_positions: Any
 
 
 def unique_images(prompts: Sequence[Prompt]) -> tuple[list[ImagePatches], list[list[int]]]:

@@ -218,13 +218,14 @@ def _hub_part(source: str) -> _Part:
     name, _, split = source.partition(":")
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError(
             f"{source} looks like a hub id, which needs the package datasets: pip install datasets"
         ) from error
     try:
         table = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"cannot load {source!r} from the Hugging Face hub ({type(error).__name__}: {error}). There is no local "
             f"file of that name either. Check the name and the connection, or download the parquet files and name them"

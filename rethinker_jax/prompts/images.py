@@ -168,10 +168,10 @@ def smart_resize(height: int, width: int, settings: ImageSettings) -> tuple[int,
     new_height, new_width = (round(side / factor) * factor for side in (height, width))
     if new_height * new_width > settings.max_pixels:
         shrink = math.sqrt(height * width / settings.max_pixels)
-        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
-    if new_height * new_width < settings.min_pixels:
+        new_height, new_width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif new_height * new_width < settings.min_pixels:
         grow = math.sqrt(settings.min_pixels / (height * width))
-        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return new_height, new_width
 
 

@@ -13,4 +13,6 @@ class DataOrder:
         self._rows = (rows.shuffle() if shuffle else rows).repeat()
 
     def __getitem__(self, place: int) -> int:
-        return self._rows[place]
+        row = self._rows[place]
+        assert row is not None  # grain's maps may filter; this one does not
+        return row

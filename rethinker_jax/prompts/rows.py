@@ -89,7 +89,9 @@ def read_row(
     image_root: str | None,
     required: Iterable[str] = REQUIRED,
 ) -> Problem:
-    """The problem in a row; its answer is "" where none is required. `row_id` names it where the source has no id column; `image_root` is a resolved folder.
+    """The problem in a row; its answer is "" where none is required.
+
+    `row_id` names it where the source has no id column; `image_root` is a resolved folder.
 
     `Problem.row` is the row without its image column, whose content is in `Problem.images`. Raises BadField for a row
     to be counted and left out, UserError for one with videos.

@@ -246,7 +246,7 @@ def _load_tokenizer(directory: Path) -> Any:
             f"cannot load a tokenizer from {directory} ({type(error).__name__}: {error}): wanted tokenizer.json and "
             f"tokenizer_config.json of a Qwen2.5-VL model"
         ) from error
-    if not tokenizer.is_fast:
+    if tokenizer is None or not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {directory} has no tokenizer.json, which is needed")
     return tokenizer
 

@@ -12,7 +12,7 @@ Order is the published one: windows row-major over the image, merge units row-ma
 
 import dataclasses
 from collections.abc import Sequence
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class VisionGeometry:
         return self.window_tokens * self.unit_patches
 
 
-@no_type_check  # also a pytree of jax arrays
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class VisionBatch:
     """Images laid out in vision rows.
@@ -71,10 +71,10 @@ class VisionBatch:
     temporal slots takes t segments, because the published tower attends inside one slot at a time.
     """
 
-    patches: np.ndarray
-    hw: np.ndarray
-    segment: np.ndarray
-    valid: np.ndarray
+    patches: Any  # numpy here, jax arrays inside jitted functions
+    hw: Any
+    segment: Any
+    valid: Any
     merged_index: tuple[np.ndarray, ...]
 
     @property
@@ -100,7 +100,7 @@ class FrameLayout:
 
     num_windows: int
     slots: np.ndarray
-    hw: np.ndarray
+    hw: Any
     token_slots: np.ndarray
 
 
