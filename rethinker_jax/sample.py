@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -255,7 +256,7 @@ def _replacing(output: Path | None) -> Generator[Callable[[dict[str, Any]], None
         temporary.unlink(missing_ok=True)
 
 
-def _line_writer(file: TextIO) -> Callable[[dict[str, Any]], None]:
+def _line_writer(file: io.TextIOBase | TextIO) -> Callable[[dict[str, Any]], None]:
     def write(row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()

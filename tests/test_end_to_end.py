@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -231,7 +230,7 @@ def test_sampling_resumes_and_scoring_agrees(place: Path, capsys: pytest.Capture
     """Catches a line drawn twice or lost, noise that depends on the batch, and log-probs of another distribution."""
     output = place / "sampled.jsonl"
     words = ["sample", "--model", "example", "--data", str(place / "test.parquet"), "--prompt-template", "none"]
-    words += ["--n", "2", "--seed", "5", "sampling.max_new_tokens=24", "rollout.prompts_per_step=4"]
+    words += ["--n", "2", "--seed", "5", "sampling.max_new_tokens=24"]
     assert main([*words, "--output", str(output)]) == 0, capsys.readouterr().err
     lines = output.read_bytes().split(b"\n")[:-1]
     rows = [json.loads(line) for line in lines]
@@ -269,12 +268,10 @@ def _ids(place: Path) -> list[str]:
     return pq.read_table(place / "test.parquet", columns=["id"])["id"].to_pylist()
 
 
-def test_greedy_sampling_is_the_same_for_every_seed_and_for_one_shot(
-    place: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_greedy_sampling_is_the_same_for_every_seed_and_for_one_shot(place: Path, capsys: pytest.CaptureFixture[str]):
     """Catches noise at temperature 0, and a one-shot question that is put to the model in other words."""
     words = ["sample", "--model", "example", "--prompt-template", "none", "sampling.temperature=0"]
-    words += ["sampling.max_new_tokens=24", "rollout.prompts_per_step=4"]
+    words += ["sampling.max_new_tokens=24"]
     outputs = []
     for seed in ("1", "2"):
         outputs.append(place / f"greedy{seed}.jsonl")
@@ -312,7 +309,8 @@ def test_fine_tuning_learns_stops_and_resumes(place: Path, completions: Path):
     assert summary["num_steps"] == 12 and summary["nll"] < nll[0]
     assert {"name", "wall_s", "commit", "versions"} <= set(summary)
     assert "model:" in run(*words, "run.dir=tuned", log=log)  # done before
-    assert main(["report", str(place / "tuned")]) == 0 and (place / "tuned" / "report.html").is_file()
+    assert main(["report", str(place / "tuned")]) == 0
+    assert "12 steps" in (place / "tuned" / "report.html").read_text()
 
     words += ["run.dir=halved", "run.save_every=100"]
     lines = place / "halved" / "metrics.jsonl"
@@ -398,4 +396,3 @@ def test_it_learns(place: Path):
     run(*words, log=place / "learned.log")
     accuracy = [row["accuracy"] for row in metrics_of(place / "learned")]
     assert np.mean(accuracy[-5:]) >= np.mean(accuracy[:3]) + 0.10, accuracy
-    shutil.rmtree(place / "learned")

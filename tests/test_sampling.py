@@ -385,6 +385,21 @@ def test_a_prefix_is_a_longer_prompt(loaded: Loaded) -> None:
         np.testing.assert_allclose(ours.completion.log_probs, theirs, rtol=0, atol=1e-4)
 
 
+def test_a_stop_string_in_a_prefix_stops_nothing(loaded: Loaded) -> None:
+    """Catches a second pass that ends on its first token because the first response, or the trigger, says so."""
+    requests, forced = second_pass(loaded)
+    place = max(
+        range(len(requests)),
+        key=lambda place: (forced[place].completion.segments == FIRST).sum() * bool(forced[place].first),
+    )
+    texts = dict(forced[place].completion.parts)
+    assert texts[FIRST] and texts[FIRST] not in texts[SECOND]
+    found = loaded.draw(
+        requests, CONTINUED, ends=loaded.ends, second_temperature=0.0, stop_strings=(texts[FIRST], "Wait")
+    )
+    assert_same([found[place]], [forced[place].completion])
+
+
 # --- counters -------------------------------------------------------------------------------------------------------
 
 

@@ -93,8 +93,9 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps the run was asked for."""
-        return as_int(as_mapping(self.config.get("run")).get("num_steps"))
+        """Steps the run was asked for; fine-tuning, which has no reward, counts its own."""
+        section = "sft" if self.metrics.steps and "reward" not in self.metrics.series else "run"
+        return as_int(as_mapping(self.config.get(section)).get("num_steps"))
 
     @property
     def model(self) -> str:

@@ -48,9 +48,8 @@ def choose_tokens(
     vocab = logits.shape[-1]
     masked = jnp.where(allowed, logits, -jnp.inf)
     top = jnp.max(masked, axis=-1, keepdims=True)
-    greedy = jnp.min(
-        jnp.where(masked == top, jnp.arange(vocab), vocab - 1), axis=-1
-    )  # argmax, which is slower on a CPU
+    # The first of the largest; `argmax` compiles to a loop of scalars on CPUs.
+    greedy = jnp.min(jnp.where(masked == top, jnp.arange(vocab), vocab - 1), axis=-1)
     # The largest logit is taken off before the division, which a temperature near zero would make overflow.
     weights = jnp.exp((masked - top) / jnp.where(temperature > 0, temperature, 1.0)[:, None])
     probs = weights / weights.sum(axis=-1, keepdims=True)

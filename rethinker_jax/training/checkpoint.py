@@ -1,6 +1,8 @@
 """Checkpoints by orbax: everything a run needs to go on, written at once or not at all."""
 
 import dataclasses
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rethinker_jax.errors import UserError
 from rethinker_jax.training.update import TrainState
 
+# orbax raises what goes wrong, and also logs it with a traceback from each of its threads.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 FILLER = {"_": np.zeros(1, np.int8)}  # orbax refuses an item without arrays
 
 
@@ -45,6 +49,15 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def save(self, step: int, saved: Saved) -> None:
+        """Begin to write a checkpoint. Raises UserError where there is no room; orbax would say so a step too late."""
+        self._manager.wait_until_finished()
+        needed = sum(map(_own_bytes, jax.tree.leaves((saved.state, saved.arrays))))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise UserError(
+                f"{self.directory}: the disk is full: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are "
+                "free. The last checkpoint is kept: free some space and run the same command again."
+            )
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_as_dict(saved.state)),
             arrays=ocp.args.StandardSave(saved.arrays | FILLER),
@@ -84,6 +97,13 @@ class CheckpointStore:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _own_bytes(leaf: jax.Array | np.ndarray) -> int:
+    """Bytes of what this process writes of an array."""
+    if isinstance(leaf, jax.Array):
+        return sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)
+    return leaf.nbytes
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
