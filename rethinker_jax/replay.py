@@ -47,7 +47,8 @@ def select(
 ) -> Selection:
     """Algorithm 1: all effective rows of `raw`, topped up to len(raw) from the buffer, which takes them in first.
 
-    Rows are effective where |advantage| > epsilon. Draws are without replacement; only when the buffer holds fewer rows
+    Rows are effective where |advantage| > epsilon. Rows without advantage that carry a supervised loss (successful second
+    looks; the paper asks for it on all of them, whatever their group did) ride along, out of the policy gradient. Draws are without replacement; only when the buffer holds fewer rows
     than are missing does every row come again. `name` = (seed, optimizer step) names the randomness, and the step
     decides when the buffer is cleared. An empty buffer adds nothing: the selection may then be smaller than `raw`, or
     empty. Mode `filter` never tops up; `none` takes everything as it is.
@@ -55,15 +56,20 @@ def select(
     if config.mode == "none":
         return Selection(tuple(raw), (), ())
     effective = tuple(row for row in raw if abs(row.advantage) > epsilon)
+    riders = tuple(
+        dataclasses.replace(row, loss_mask=np.zeros_like(row.loss_mask))
+        for row in raw
+        if abs(row.advantage) <= epsilon and row.nll_mask.any()
+    )
     if config.mode == "filter":
-        return Selection(effective, (), ())
+        return Selection((*effective, *riders), (), ())
     kept = () if name[1] % config.clear_every == 0 else tuple(buffer)
     kept = (*kept, *effective)[-config.capacity :]
-    missing = len(raw) - len(effective)
+    missing = len(raw) - len(effective) - len(riders)
     sizes = np.array([abs(row.advantage) for row in kept], np.float64)
     weights = (sizes / sizes.max(initial=epsilon)) ** config.alpha  # by the largest, so that no power vanishes for all
     chosen = draw(weights, missing, np.random.default_rng([*name, 0x55B]))
-    return Selection(effective, tuple(kept[index] for index in chosen), kept)
+    return Selection((*effective, *riders), tuple(kept[index] for index in chosen), kept)
 
 
 def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

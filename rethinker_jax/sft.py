@@ -167,18 +167,24 @@ def run_steps(
 ) -> TrainState:
     """From `state`, that of the newest checkpoint, to the last step. Batches are made one step ahead."""
     order = DataOrder(rows.count, config.run.seed, config.data.shuffle)
-    first, num_steps = store.latest_step or 0, config.sft.num_steps
+    first, num_steps, cut = store.latest_step or 0, config.sft.num_steps, False
     with RunProgress(num_steps, first, title=name) as progress, ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(next_batches, config, system, rows, order, first, run)
         for step in range(first, num_steps):
             with stop.held():
                 begin = time.monotonic()
-                batches = coming.result()
+                batches, cut_share = coming.result()
                 if step + 1 < num_steps:
                     coming = ahead.submit(next_batches, config, system, rows, order, step + 1, run)
                 state, metrics = updater.step(state, batches)
-                found = {"nll": float(metrics["nll"]), "gradient_norm": float(metrics["gradient_norm"])}
+                found = {key: float(metrics[key]) for key in ("nll", "gradient_norm")} | {"cut_share": cut_share}
                 log.write(step, found | {"seconds": time.monotonic() - begin})
+                if cut_share and not cut:
+                    cut = True
+                    progress.note(
+                        f"step {step}: {cut_share:.0%} of the completions are longer than sft.max_completion_tokens="
+                        f"{config.sft.max_completion_tokens} and are learned without their end"
+                    )
                 progress.update(step + 1, {"loss": found["nll"]})
                 if (step + 1) % config.run.save_every == 0 or step + 1 == num_steps or stop.asked:
                     meta = {"step": step + 1, "data": rows.hash, "wall_s": time.monotonic() - started}
@@ -188,9 +194,12 @@ def run_steps(
 
 def next_batches(
     config: Config, system: System, rows: SftRows, order: DataOrder, step: int, run: RunDirectory
-) -> list[TrainBatch]:
-    """The micro-batches of a step. Rows that cannot become a prompt are listed in `run` and left out."""
-    size, made = config.sft.batch_size, []
+) -> tuple[list[TrainBatch], float]:
+    """The micro-batches of a step, and the share of completions that were cut to fit.
+
+    Rows that cannot become a prompt are listed in `run` and left out.
+    """
+    size, made, end = config.sft.batch_size, [], system.tokenizer.end_token_ids[0]
     for place in range(step * size, (step + 1) * size):
         problem, spans = rows.read(order[place])
         try:
@@ -200,7 +209,8 @@ def next_batches(
     if not made:
         raise UserError(f"step {step}: none of its {size} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     micro = config.training.micro_batch_size or size
-    return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro)
+    num_cut = sum(int(row.completion_ids[-1]) != end for row in made)
+    return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro), num_cut / len(made)
 
 
 def summarize(config: Config, name: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:

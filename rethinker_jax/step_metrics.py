@@ -54,12 +54,14 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
 def batch_metrics(
     raw: Sequence[Experience], chosen: Selection, epsilon: float, update: int, sums: Mapping[str, Any]
 ) -> dict[str, float]:
-    """`effective_share`: of the rows of the batch (as many as were drawn), those with an advantage."""
+    """`effective_share`: of the batch's places for the policy gradient (one a row that was drawn, less the rows that are
+    there for their supervised loss alone), those filled by a row with an advantage."""
     rows = (*chosen.fresh, *chosen.replayed)
+    places = len(raw) - sum(not row.loss_mask.any() for row in rows)
     effective = sum(abs(row.advantage) > epsilon for row in rows)
     ages = [update - row.update for row in chosen.replayed]
     return {
-        "effective_share": effective / len(raw),
+        "effective_share": effective / max(places, 1),
         "fresh_effective_share": share([abs(row.advantage) > epsilon for row in raw]),
         "replay_share": len(chosen.replayed) / len(raw),
         "replay_age": share(ages) if ages else 0.0,

@@ -1,4 +1,4 @@
-"""The whole program as its users run it: commands in processes of their own, on the example's model, a few steps each."""
+"""The whole program as its users run it: commands on the example's model, a few steps each."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def checkpoint_of(run_dir: Path, step: int) -> tuple[Any, dict[str, Any]]:
     args = ocp.args.Composite(
         state=ocp.args.StandardRestore(), arrays=ocp.args.StandardRestore(), meta=ocp.args.JsonRestore()
     )
-    found = manager.restore(step, args=args)
+    found: Any = manager.restore(step, args=args)
     manager.close()
     meta = {key: value for key, value in found.meta.items() if key not in ("wall_s", "cpu_s")}
     return jax.tree.map(np.asarray, {"state": found.state, "arrays": found.arrays}), meta
@@ -328,12 +328,24 @@ def test_a_pipeline_runs_its_stages_and_only_what_changed_again(place: Path, com
     (place / "recipe.yaml").write_text(f"""
 name: recipe
 stages:
-  - {{name: first, kind: sft, config: small.yaml, set: {{sft.data: {completions}, sft.num_steps: 2, sft.batch_size: 4}}}}
-  - {{name: second, kind: rl, config: small.yaml, set: {{run.num_steps: 2}}}}
+  - name: first
+    kind: sft
+    config: small.yaml
+    set: {{sft.data: {completions}, sft.num_steps: 8, sft.batch_size: 4}}
+  - name: second
+    kind: rl
+    config: small.yaml
+    set: {{run.num_steps: 2}}
 """)
     words = ["pipeline", "recipe.yaml", "evaluation.num_sampled_problems=0"]
-    run(*words, log=log)
     folder = place / "runs" / "recipe"
+    lines = folder / "first" / "metrics.jsonl"
+    assert stop_when(lambda: num_lines(lines) >= 2, signal.SIGTERM, *words, log=log) == 75, log.read_text()
+    assert json.loads((folder / "manifest.json").read_text())["stages"][0]["status"] == "running"
+    first = folder / "first" / "checkpoints" / str(num_lines(lines))
+    assert first.is_dir()
+    run(*words, log=log)
+    assert num_lines(lines) == 8 and not (folder / "first.old1").exists()  # it went on
     stages = json.loads((folder / "manifest.json").read_text())["stages"]
     assert [(one["name"], one["kind"], one["status"], one["starts_from"]) for one in stages] == [
         ("first", "sft", "done", "base"),
@@ -388,9 +400,9 @@ def test_eight_devices_draw_and_learn_what_one_does(straight: Path, place: Path)
 
 
 def test_it_learns(place: Path):
-    """Catches a wrong sign of the advantage, a mask on the wrong tokens, or an update that never reaches the sampler."""
+    """Catches a wrong sign of the advantage, a mask on the wrong tokens, an update that never reaches the sampler."""
     write_split(place / "many.parquet", "train", 400)
-    words = ["train", "package:example", "run.dir=learned", f"data.train={place / 'many.parquet'}", "run.num_steps=20"]
+    words = ["train", "package:example", "run.dir=learned", f"data.train={place / 'many.parquet'}", "run.num_steps=14"]
     words += ["evaluation.num_problems=0", "evaluation.num_sampled_problems=0", "optimizer.learning_rate=3e-4"]
     words += ["optimizer.warmup_steps=2", "run.save_every=100"]
     run(*words, log=place / "learned.log")

@@ -12,13 +12,13 @@ EPSILON = 1e-6
 KEEP = ReplayConfig(clear_every=10**6)  # never cleared at the steps of these tests, which begin at 1
 
 
-def row(problem, advantage, length=3, update=0):
+def row(problem, advantage, length=3, update=0, supervised=False):
     rng = np.random.default_rng(problem)
     return Experience(
         problem=problem,
         completion_ids=rng.integers(0, 99, length).astype(np.int32),
         loss_mask=rng.random(length) < 0.5,
-        nll_mask=rng.random(length) < 0.5,
+        nll_mask=(rng.random(length) < 0.5) | (np.arange(length) == 0) if supervised else np.zeros(length, bool),
         old_log_probs=-rng.random(length).astype(np.float32),
         advantage=advantage,
         update=update,
@@ -35,6 +35,17 @@ def problems(found):
 
 def pick(raw, buffer=(), config=KEEP, step=1, seed=0):
     return select(raw, buffer, config, EPSILON, (seed, step))
+
+
+def test_successful_second_looks_without_advantage_ride_along():
+    """Catches dropping them (the model never learns to look twice where all are right), counting them as effective, and
+    training the policy gradient on them, which would only dilute its token mean."""
+    raw = (row(0, 1.0), row(1, 0.0, supervised=True), row(2, 0.0), row(3, -0.5, supervised=True))
+    found = pick(raw)
+    assert problems(found.fresh) == [0, 3, 1] and len(found.replayed) == 1
+    assert not found.fresh[2].loss_mask.any() and found.fresh[2].nll_mask.any()
+    assert (found.fresh[1].loss_mask == raw[3].loss_mask).all()
+    assert problems(found.buffer) == [0, 3]
 
 
 def test_every_effective_row_stays_once_and_in_order():
@@ -174,7 +185,9 @@ def test_draws_are_named_by_seed_and_step():
 @pytest.mark.parametrize("lengths", [(), (4,), (1, 5, 3)])
 def test_a_buffer_survives_its_checkpoint(lengths):
     """Catches padding that comes back as tokens, fields that are lost, and a filler row in an empty buffer."""
-    buffer = tuple(row(place, 0.1 * place - 0.15, length, update=place) for place, length in enumerate(lengths))
+    buffer = tuple(
+        row(place, 0.1 * place - 0.15, length, update=place, supervised=True) for place, length in enumerate(lengths)
+    )
     arrays = to_arrays(buffer, 5)
     assert all(array.size for array in arrays.values())  # array stores refuse empty ones
     found = from_arrays(arrays)

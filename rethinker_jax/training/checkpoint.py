@@ -55,8 +55,8 @@ class CheckpointStore:
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
-                f"{self.directory}: the disk is full: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are "
-                "free. The last checkpoint is kept: free some space and run the same command again."
+                f"{self.directory}: the disk is full: a checkpoint takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB "
+                "are free. The last checkpoint is kept: free some space and run the same command again."
             )
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_as_dict(saved.state)),
@@ -84,7 +84,7 @@ class CheckpointStore:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"{self.directory}/{step}: the checkpoint does not fit this config or is damaged ({error}). "
-                "Start with the config of the run, or name another run.dir."
+                "Remove it to go on from the one before, or name another run.dir."
             ) from error
         return Saved(
             TrainState(**found.state),
