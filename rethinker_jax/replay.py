@@ -47,11 +47,11 @@ def select(
 ) -> Selection:
     """Algorithm 1: all effective rows of `raw`, topped up to len(raw) from the buffer, which takes them in first.
 
-    Rows are effective where |advantage| > epsilon. Rows without advantage that carry a supervised loss (successful second
-    looks; the paper asks for it on all of them, whatever their group did) ride along, out of the policy gradient. Draws are without replacement; only when the buffer holds fewer rows
-    than are missing does every row come again. `name` = (seed, optimizer step) names the randomness, and the step
-    decides when the buffer is cleared. An empty buffer adds nothing: the selection may then be smaller than `raw`, or
-    empty. Mode `filter` never tops up; `none` takes everything as it is.
+    Rows are effective where |advantage| > epsilon. Rows without advantage but with a supervised loss ride along, out of
+    the policy gradient: successful second looks, which the paper wants learned whatever their group did. Draws are
+    without replacement; only when the buffer holds fewer rows than are missing does every row come again. `name` =
+    (seed, optimizer step) names the randomness, and the step decides when the buffer is cleared. An empty buffer adds
+    nothing: the selection may be smaller than `raw` then, or empty. Mode `filter` never tops up; `none` takes all rows.
     """
     if config.mode == "none":
         return Selection(tuple(raw), (), ())

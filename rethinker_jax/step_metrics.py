@@ -54,8 +54,10 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
 def batch_metrics(
     raw: Sequence[Experience], chosen: Selection, epsilon: float, update: int, sums: Mapping[str, Any]
 ) -> dict[str, float]:
-    """`effective_share`: of the batch's places for the policy gradient (one a row that was drawn, less the rows that are
-    there for their supervised loss alone), those filled by a row with an advantage."""
+    """`effective_share`: of the batch's places for the policy gradient, those filled by a row with an advantage.
+
+    There is a place for every row that was drawn, less those that are there for their supervised loss alone.
+    """
     rows = (*chosen.fresh, *chosen.replayed)
     places = len(raw) - sum(not row.loss_mask.any() for row in rows)
     effective = sum(abs(row.advantage) > epsilon for row in rows)

@@ -337,7 +337,7 @@ stages:
     config: small.yaml
     set: {{run.num_steps: 2}}
 """)
-    words = ["pipeline", "recipe.yaml", "evaluation.num_sampled_problems=0"]
+    words = ["pipeline", "recipe.yaml", "evaluation.num_problems=0", "evaluation.num_sampled_problems=0"]
     folder = place / "runs" / "recipe"
     lines = folder / "first" / "metrics.jsonl"
     assert stop_when(lambda: num_lines(lines) >= 2, signal.SIGTERM, *words, log=log) == 75, log.read_text()
@@ -360,7 +360,7 @@ stages:
     assert run(*words, log=log).count("done before") == 2
     assert (folder / "manifest.json").read_bytes() == before
 
-    printed = run(*words, "evaluation.num_problems=4", log=log)
+    printed = run(*words, "sampling.top_p=0.9", log=log)
     assert "stage first: done before" in printed and "stage second: begins anew" in printed
     assert (folder / "second.old1" / "summary.json").is_file() and (folder / "second" / "summary.json").is_file()
     stages = json.loads((folder / "manifest.json").read_text())["stages"]
