@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from rethinker_jax.config import MeshConfig
 from rethinker_jax.config_file import load_config
@@ -17,7 +19,7 @@ from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.qwen_config import QwenConfig
-from rethinker_jax.models.weights import save_params
+from rethinker_jax.models.weights import checkpoint_bytes, save_params
 from rethinker_jax.system import load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore
 
@@ -56,7 +58,7 @@ def export(source: Path, output: Path) -> Path:
         if store.latest_step is None:
             raise UserError(f"export: {store.directory} holds no complete checkpoint. Let the run reach its first one.")
         saved = store.restore(updater.init(system.params), system.mesh, step)
-    write_model_directory(system.directory, output, system.model.config, saved.state.params)
+    write_model_directory(system.directory, output, system.model.config, system.merged_params(saved.state.params))
     print(output)
     return output
 
@@ -64,21 +66,87 @@ def export(source: Path, output: Path) -> Path:
 def write_model_directory(source: Path, output: Path, config: QwenConfig, params: Params) -> None:
     """Write the weights and the companions of the model directory `source` to `output`, all or nothing.
 
-    config.json is the source's, with the tying that the weights have. What `output` held is replaced.
+    config.json is the source's in its flat form, with the tying that the weights have. What `output` held is replaced.
+    With several processes all must call it; the first one writes. Raises UserError where there is no room.
     """
+    if jax.process_index():
+        save_params(output, config, params, config.dtype)
+    else:
+        _write(source, output, config, params)
+    multihost_utils.sync_global_devices(f"written: {output}")
+
+
+def _write(source: Path, output: Path, config: QwenConfig, params: Params) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = checkpoint_bytes(config, config.dtype), shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise UserError(
+            f"{output}: the disk is full: the weights take {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free. "
+            "Free some space and run the same command again."
+        )
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         target = Path(scratch) / "model"
         target.mkdir()
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
-        raw: dict[str, Any] = json.loads((source / "config.json").read_text())
-        raw["tie_word_embeddings"] = config.tied
-        (target / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        save_params(target, config, jax.device_get(params), config.dtype)
+        flat = flat_config(json.loads((source / "config.json").read_text()), config)
+        (target / "config.json").write_text(json.dumps(flat, indent=2) + "\n")
+        save_params(target, config, params, config.dtype)
         for file in target.glob("*.safetensors"):
             shutil.copymode(target / "config.json", file)  # the writer leaves them readable by the owner alone
         if output.exists():
             os.replace(output, Path(scratch) / "old")
         os.replace(target, output)
+
+
+def flat_config(raw: Mapping[str, Any], config: QwenConfig) -> dict[str, Any]:
+    """config.json as the hub has it: the one form that transformers 4 and 5 and vLLM all read.
+
+    `raw` is the source's, in any form, and read as `config`. Its other keys are kept; what makes the model is written
+    out, so that nothing depends on a reader's defaults.
+    """
+    other_forms = {"text_config", "dtype", "rope_parameters", "layer_types"}
+    text = {key: value for key, value in (raw.get("text_config") or {}).items() if value is not None}
+    kept = {**raw, **text, "model_type": raw["model_type"]}
+    vision, shape = dict(raw.get("vision_config") or {}), config.vision
+    if shape.rope_theta == 10000.0:  # the only one that transformers 4 knows
+        vision.pop("rope_parameters", None)
+    return {
+        **{key: value for key, value in kept.items() if key not in other_forms},
+        "vocab_size": config.vocab,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(config.mrope_section)},
+        "use_sliding_window": False,
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": config.dtype,
+        "image_token_id": config.image_token,
+        "video_token_id": config.video_token,
+        "vision_start_token_id": config.vision_start_token,
+        "vision_end_token_id": config.vision_end_token,
+        "vision_config": {
+            **{key: value for key, value in vision.items() if key not in ("dtype", "torch_dtype")},
+            "model_type": "qwen2_5_vl",
+            "depth": shape.depth,
+            "hidden_act": "silu",
+            "hidden_size": shape.d_model,
+            "intermediate_size": shape.d_ff,
+            "num_heads": shape.heads,
+            "in_channels": shape.in_channels,
+            "in_chans": shape.in_channels,
+            "out_hidden_size": shape.out_dim,
+            "patch_size": shape.patch_size,
+            "spatial_merge_size": shape.merge_size,
+            "temporal_patch_size": shape.temporal_patch_size,
+            "tokens_per_second": shape.tokens_per_second,
+            "window_size": shape.window_size,
+            "fullatt_block_indexes": list(shape.full_attention_blocks),
+        },
+    }
