@@ -240,7 +240,8 @@ COMMANDS: dict[str, Command] = {
     "verify": Command(
         "judges responses against answers; needs no accelerator",
         "--input FILE [--output FILE] [verifier.key=value ...]",
-        "Reads {id, response, answer, choices?, type?}, writes {id, verdict, reward, extracted, rule, ms}.",
+        "Reads {id, response, answer, choices?, type?}, writes {id, verdict, reward, extracted, rule, ms}.\n"
+        "With --output, the same command goes on where an interrupted or killed one ended.",
         _verify,
         _verify_options,
         ("verifier",),

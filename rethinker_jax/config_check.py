@@ -2,8 +2,14 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from rethinker_jax.config import Config, MeshConfig
+from rethinker_jax.config import REWARD_TERMS, Config, MeshConfig, RewardConfig
+from rethinker_jax.config_keys import nearest
+
+USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
 def check(config: Config) -> list[str]:
@@ -13,6 +19,7 @@ def check(config: Config) -> list[str]:
         *check_mesh(config.mesh),
         *_check_sampling(config),
         *_check_batches(config),
+        *_check_reward(config.reward),
         *_check_rethink(config),
         *_check_learning(config),
     ]
@@ -34,11 +41,19 @@ def check_mesh(mesh: MeshConfig) -> list[str]:
 
 def _check_finite(config: Config) -> list[str]:
     return [
-        f"{section}.{key} is {value}; wanted a finite number"
-        for section, keys in dataclasses.asdict(config).items()
-        for key, value in keys.items()
+        f"{key} is {value}; wanted a finite number"
+        for key, value in _leaves(dataclasses.asdict(config))
         if isinstance(value, float) and not math.isfinite(value)
     ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _check_sampling(config: Config) -> list[str]:
@@ -76,6 +91,47 @@ def _check_batches(config: Config) -> list[str]:
     return problems
 
 
+def _check_reward(reward: RewardConfig) -> list[str]:
+    tables = {"reward.terms": reward.terms} | {
+        f"reward.by_type.{name}": terms for name, terms in reward.by_type.items()
+    }
+    problems = [
+        f"{name} is empty; wanted at least one term, such as accuracy" for name, terms in tables.items() if not terms
+    ]
+    used = {term for terms in tables.values() for term in terms}
+    known = f" (there: {', '.join(REWARD_TERMS)})"
+    for name, terms in tables.items():
+        problems += [
+            f"{name}.{term}: no such term{nearest(term, REWARD_TERMS) or known}; "
+            "a function of your own is named path.py:function"
+            for term in terms
+            if term not in REWARD_TERMS and not USER_TERM.fullmatch(term)
+        ]
+    problems += [
+        f"reward.kwargs.{name}: no such function among the terms{nearest(name, used)}"
+        for name in reward.kwargs
+        if name not in used or name in REWARD_TERMS
+    ]
+    length, overlong, judge = reward.length, reward.soft_overlong, reward.judge
+    problems += [
+        f"reward.length.{name} is {value}; a wrong answer must not earn more than 0"
+        for name, value in (("wrong_short", length.wrong_short), ("wrong_long", length.wrong_long))
+        if value > 0
+    ]
+    if 0 < overlong.max_tokens < overlong.buffer_tokens:
+        problems.append(
+            f"reward.soft_overlong.buffer_tokens {overlong.buffer_tokens} is above max_tokens {overlong.max_tokens}"
+        )
+    if "judge" in used:
+        if not judge.url.startswith(("http://", "https://")):
+            problems.append(f"reward.judge.url is {judge.url!r}; the term judge wants one such as http://host:8000/v1")
+        if not judge.model:
+            problems.append("reward.judge.model is empty; the term judge wants the model's name on the server")
+        if "{response}" not in judge.prompt:
+            problems.append("reward.judge.prompt lacks {response}, so that the judge would not see what it judges")
+    return problems
+
+
 def _check_rethink(config: Config) -> list[str]:
     rethink = config.rethink
     problems = []
@@ -96,7 +152,9 @@ def _check_rethink(config: Config) -> list[str]:
 
 
 def _check_learning(config: Config) -> list[str]:
-    problems = [
+    parts = set(config.model.freeze)
+    problems = ["model.freeze names every part; nothing would be trained"] * (len(parts) == 3)
+    problems += [
         f"optimizer.{name} is 1, where the average never moves and its bias correction divides by 0; wanted below 1"
         for name, value in (("b1", config.optimizer.b1), ("b2", config.optimizer.b2))
         if value >= 1

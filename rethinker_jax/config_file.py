@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,12 +21,13 @@ from yaml.composer import ComposerError
 
 from rethinker_jax.config import Config
 from rethinker_jax.config_check import check
-from rethinker_jax.config_keys import KEY_TYPES, SECTIONS, nearest, nearest_key
+from rethinker_jax.config_keys import KEY_TYPES, SECTIONS, is_key, mapping_of, nearest, nearest_key
 from rethinker_jax.errors import UserError
 
 PACKAGE_CONFIGS = Path(__file__).parent / "configs"
 PACKAGE_PREFIX = "package:"
 _ADAPTER = pydantic.TypeAdapter(Config)
+_DEFAULTS = dataclasses.asdict(Config())
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -43,7 +45,10 @@ _RESOLVERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One value for one key. `where` is the file and line, or the override, for messages."""
+    """One value for one key. `where` is the file and line, or the override, for messages.
+
+    A key of a section inside the section, and one name of a mapping, is dotted: `length.max_tokens`, `terms.format`.
+    """
 
     section: str
     key: str
@@ -188,15 +193,22 @@ def _read_sections(root: yaml.MappingNode, path: Path) -> tuple[str | None, list
         elif section not in SECTIONS:
             problems.append(f"{path} line {line}: {section}: no such section{_section_hint(section)}")
         elif isinstance(body, yaml.MappingNode):
-            for key_node, value_node in body.value:
-                key, line = str(key_node.value), key_node.start_mark.line + 1
-                if not doubled(section, key, line=line):
-                    try:
-                        value = _construct(value_node)
-                    except yaml.YAMLError as error:
-                        problems.append(f"{path} line {line}: {section}.{key}: {_yaml_problem(error)}")
-                    else:
-                        settings.append(Setting(section, key, value, f"{path} line {line}"))
+            pending = [(str(key_node.value), key_node, value_node) for key_node, value_node in body.value]
+            while pending:
+                key, key_node, value_node = pending.pop(0)
+                line = key_node.start_mark.line + 1
+                if doubled(section, key, line=line):
+                    continue
+                inner = any(name.startswith(f"{key}.") for name in KEY_TYPES[section])
+                if inner and isinstance(value_node, yaml.MappingNode):  # a section inside the section
+                    pending = [(f"{key}.{name.value}", name, value) for name, value in value_node.value] + pending
+                    continue
+                try:
+                    value = _construct(value_node)
+                except yaml.YAMLError as error:
+                    problems.append(f"{path} line {line}: {section}.{key}: {_yaml_problem(error)}")
+                else:
+                    settings.append(Setting(section, key, value, f"{path} line {line}"))
         elif not (isinstance(body, yaml.ScalarNode) and body.tag == _TAG + "null"):
             problems.append(f"{path} line {line}: {section}: wanted keys with values, came {body.value!r}")
     return base, settings, problems
@@ -209,7 +221,18 @@ def _section_hint(section: str) -> str:
 
 
 def _construct(node: yaml.Node) -> Any:
-    """The plain Python value of a composed node."""
+    """The plain Python value of a composed node. Raises YAMLError, also for a name that a mapping has twice."""
+    pending = [node]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, yaml.MappingNode):
+            names = [str(name.value) for name, _ in one.value]
+            twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} is given twice")
+            pending += [value for _, value in one.value]
+        elif isinstance(one, yaml.SequenceNode):
+            pending += one.value
     loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
@@ -235,10 +258,10 @@ def read_override(text: str) -> Setting:
         raise UserError(
             f"override {text!r}: {section}: no such section{nearest(section, SECTIONS) or nearest_key(section, key)}"
         )
-    if key not in KEY_TYPES[section]:
+    if not is_key(section, key):
         raise UserError(f"override {text!r}: {section}.{key}: no such key{nearest_key(section, key)}")
     quoted = raw[:1] in ("'", '"')
-    if KEY_TYPES[section][key] is str and not quoted:
+    if KEY_TYPES[section].get(key) is str and not quoted:
         return Setting(section, key, raw, f"override {text!r}")
     try:
         value = yaml.load(raw, Loader=_Loader)
@@ -258,12 +281,12 @@ def _resolve(settings: list[Setting], problems: list[str], overrides: Iterable[s
     last: dict[tuple[str, str], Setting] = {}
     values: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        if setting.key not in KEY_TYPES[setting.section]:
+        if not is_key(setting.section, setting.key):
             hint = nearest_key(setting.section, setting.key)
             problems.append(f"{setting.where}: {setting.section}.{setting.key}: no such key{hint}")
             continue
         last[setting.section, setting.key] = setting
-        values.setdefault(setting.section, {})[setting.key] = setting.value
+        _place(values.setdefault(setting.section, {}), setting)
     try:
         # Strict JSON refuses "5" for a number and 1 for a truth value, but takes a list for a tuple.
         config = _ADAPTER.validate_json(json.dumps(values), strict=True)
@@ -277,6 +300,35 @@ def _resolve(settings: list[Setting], problems: list[str], overrides: Iterable[s
     raise UserError("\n  ".join([f"{count} in the configuration:", *problems]))
 
 
+def _place(section: dict[str, Any], setting: Setting) -> None:
+    """Puts a setting's value to its place in the nested values of its section."""
+    mapping = mapping_of(setting.section, setting.key)
+    if mapping is None:
+        *inner, name = setting.key.split(".")
+        for one in inner:
+            section = section.setdefault(one, {})
+        section[name] = setting.value
+        return
+    # One name of a mapping: added to what is there, which is the default where nothing was set.
+    there = section.get(mapping, _DEFAULTS[setting.section][mapping])
+    rest = setting.key.removeprefix(mapping + ".")
+    value = setting.value
+    if typing.get_origin(typing.get_args(KEY_TYPES[setting.section][mapping])[1]) is Mapping:
+        outer, _, name = _split_names(rest)
+        rest, value = outer, {**_mapping(_mapping(there).get(outer)), name: value} if name else value
+    section[mapping] = {**_mapping(there), rest: value}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _split_names(text: str) -> tuple[str, str, str]:
+    """`bbox.iou` → bbox and iou; a file's name keeps its dots: `rewards.py:f.scale` → rewards.py:f and scale."""
+    file = re.fullmatch(r"(.+\.py:\w+)(\.)(\w+)", text)
+    return (file[1], file[2], file[3]) if file else text.partition(".")
+
+
 _WANTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -284,14 +336,31 @@ _WANTED = {
     "string_type": "text",
     "bool_type": "true or false",
     "tuple_type": "a list such as [a, b]",
+    "dict_type": "names with values such as {a: 1}",
+    "mapping_type": "names with values such as {a: 1}",
+    "dataclass_type": "keys with values such as {a: 1}",
 }
 
 
 def _value_problem(error: dict[str, Any], last: dict[tuple[str, str], Setting]) -> str:
     """pydantic's complaint as: where, which key, what was wanted, what came, the nearest allowed word."""
-    section, key, *index = error["loc"]
+    setting, key, index = _find_setting(error["loc"], last)
     wanted = _WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ")
     allowed = re.findall(r"'([^']*)'", error["msg"]) if error["type"] == "literal_error" else []
     hint = nearest(str(error["input"]), allowed)
-    item = f" (item {index[0] + 1} of the list)" if index else ""
-    return f"{last[section, key].where}: {section}.{key}{item}: wanted {wanted}, came {error['input']!r}{hint}"
+    item = f" (item {index + 1} of the list)" if index is not None else ""
+    return f"{setting.where}: {key}{item}: wanted {wanted}, came {error['input']!r}{hint}"
+
+
+def _find_setting(
+    location: Sequence[str | int], last: Mapping[tuple[str, str], Setting]
+) -> tuple[Setting, str, int | None]:
+    """The setting that gave the value at pydantic's location, the value's full key, its place in a list."""
+    section, *path = location
+    index = next((step for step in path if isinstance(step, int)), None)
+    names = [str(step) for step in path if isinstance(step, str)]
+    for length in range(len(names), 0, -1):
+        setting = last.get((str(section), ".".join(names[:length])))
+        if setting is not None:
+            return setting, f"{section}.{'.'.join(names)}", index
+    raise AssertionError(f"no setting led to {location}")

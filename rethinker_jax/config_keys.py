@@ -7,13 +7,30 @@ import inspect
 import io
 import tokenize
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rethinker_jax import config as config_module
 from rethinker_jax.config import Config
 
+
+def _key_types(kind: type, prefix: str = "") -> dict[str, typing.Any]:
+    """Key → type of a section; the keys of a section inside it are dotted (`length.max_tokens`)."""
+    found: dict[str, typing.Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= _key_types(hint, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = hint
+    return found
+
+
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
-KEY_TYPES: dict[str, dict[str, typing.Any]] = {name: typing.get_type_hints(kind) for name, kind in SECTIONS.items()}
+KEY_TYPES: dict[str, dict[str, typing.Any]] = {name: _key_types(kind) for name, kind in SECTIONS.items()}
+# Section → its keys whose values map names to values; a name can be set alone, as in `reward.terms.format=0.1`.
+MAPPINGS: dict[str, tuple[str, ...]] = {
+    section: tuple(key for key, hint in keys.items() if typing.get_origin(hint) is Mapping)
+    for section, keys in KEY_TYPES.items()
+}
 ALL_KEYS: tuple[str, ...] = tuple(f"{section}.{key}" for section, keys in KEY_TYPES.items() for key in keys)
 _TYPE_WORDS = {
     "Positive": "int >= 1",
@@ -34,6 +51,16 @@ class ConfigKey:
     comment: str
 
 
+def is_key(section: str, key: str) -> bool:
+    """Whether a known section has this key, be it one name in a mapping."""
+    return key in KEY_TYPES[section] or mapping_of(section, key) is not None
+
+
+def mapping_of(section: str, key: str) -> str | None:
+    """The mapping in which a key such as `terms.format` sets one name."""
+    return next((name for name in MAPPINGS[section] if key.startswith(name + ".") and len(key) > len(name) + 1), None)
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """ "; did you mean X?" with the nearest of `words`, or "" where none is near."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
@@ -52,6 +79,8 @@ def nearest_key(section: str, key: str) -> str:
     if in_section:
         return f"; did you mean {section}.{in_section[0]}?"
     elsewhere = [f"{name}.{key}" for name, names in KEY_TYPES.items() if key in names]
+    if not elsewhere and key in KEY_TYPES and section != key:
+        return f"; did you mean the section {key} ({key}.{next(iter(KEY_TYPES[key]))}, ...)?"
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
     return f"; {section} has {', '.join(keys)}" if keys else nearest(f"{section}.{key}", ALL_KEYS)
@@ -67,11 +96,17 @@ def describe_config(sections: Iterable[str] = SECTIONS) -> list[ConfigKey]:
     found = []
     for section in sections:
         values = dataclasses.asdict(default)[section]
-        for node in classes[SECTIONS[section].__name__].body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                key = node.target.id
+        pending = [(section, values, node) for node in classes[SECTIONS[section].__name__].body]
+        while pending:
+            prefix, values, node = pending.pop(0)
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            key, kind = node.target.id, ast.unparse(node.annotation)
+            if kind in classes:  # a section inside the section
+                pending = [(f"{prefix}.{key}", values[key], inner) for inner in classes[kind].body] + pending
+            else:
                 comment = comments.get(node.end_lineno or node.lineno, "")
-                found.append(ConfigKey(f"{section}.{key}", ast.unparse(node.annotation), values[key], comment))
+                found.append(ConfigKey(f"{prefix}.{key}", kind, values[key], comment))
     return found
 
 
@@ -94,4 +129,5 @@ def _first_line(kind: type) -> str:
 
 def _short(value: object) -> str:
     text = str(list(value)) if isinstance(value, tuple) else str(value)
+    text = repr(text) if "\n" in text else text
     return text if len(text) <= 60 else text[:57] + "..."

@@ -17,7 +17,8 @@ PLAIN_INTERVAL_S = 5.0
 class RunProgress:
     """Progress through the steps of a run. A terminal gets a bar, anything else at most one line in five seconds.
 
-    `first_step` is the number of steps done before, by the run that this one resumes. Use as a context manager.
+    `first_step` is the number of steps done before, by the run that this one resumes; `unit` is what a step is called.
+    Use as a context manager.
     """
 
     def __init__(
@@ -27,9 +28,11 @@ class RunProgress:
         title: str = "",
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "step",
     ):
         self._num_steps = num_steps
         self._title = title
+        self._unit = unit
         self._console = console or Console(stderr=True)
         self._done = first_step
         self._clock = clock  # seconds
@@ -84,7 +87,7 @@ class RunProgress:
             self._bar.update(self._task, completed=done, description=self._title, numbers=line)
         elif now - self._last_line >= PLAIN_INTERVAL_S or done >= self._num_steps:
             self._last_line = now
-            self._print(f"step {done}/{self._num_steps}  {line}")
+            self._print(f"{self._unit} {done}/{self._num_steps}  {line}")
 
     def seconds_left(self) -> float:
         """By the median pace of the recent steps, which compiling and saving do not sway; NaN before the first one."""
@@ -94,6 +97,13 @@ class RunProgress:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def parameter_line(counts: Mapping[str, int]) -> str:
+    """`parameters: vision 1 + merger 2 + decoder 3 = 6, trained 3 (50.0%)`, from `count_parameters`."""
+    parts = [f"{name} {count:,}" for name, count in counts.items() if count and name not in ("total", "trained")]
+    total, trained = counts["total"], counts["trained"]
+    return f"parameters: {' + '.join(parts)} = {total:,}, trained {trained:,} ({_percent(trained / total)})"
 
 
 _BEFORE_AFTER = (

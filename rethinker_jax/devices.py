@@ -1,5 +1,6 @@
 """Starting jax: which devices, which processes, where compiled programs are kept. Called before jax is used."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,35 @@ def start_jax(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not jax.distributed.is_initialized():
         _join_job()
+
+
+class CompileCounter:
+    """Programs that this process compiled, or took from the compilation cache, since the counter was made."""
+
+    def __init__(self) -> None:
+        self._durations = _compile_durations()
+        self._start = len(self._durations)
+
+    @property
+    def count(self) -> int:
+        return len(self._durations) - self._start
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._durations[self._start :])
+
+
+@functools.cache
+def _compile_durations() -> list[float]:
+    """Grows with every program: jax has no way to take a listener back, so there is one a process."""
+    durations: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return durations
 
 
 def _set_compilation_cache(directory: str) -> None:

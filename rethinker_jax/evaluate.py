@@ -9,11 +9,11 @@ from rethinker_jax import rethink
 from rethinker_jax.advantage import pass_at_k
 from rethinker_jax.config import Config, SamplingConfig
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.rollout import Group, budgets_of, judge
+from rethinker_jax.rewards.scorer import Scorer
+from rethinker_jax.rollout import Group, Judging, budgets_of
 from rethinker_jax.sampling.sampler import Request
 from rethinker_jax.system import System
 from rethinker_jax.types import Prompt, Rollout
-from rethinker_jax.verify.pool import VerifierPool
 
 EVALUATION_STEP = 1 << 30  # names the randomness of evaluations: the same before and after, and no training step's
 
@@ -27,9 +27,7 @@ class Evaluation:
     groups: list[Group]
 
 
-def evaluate(
-    system: System, params: Params, prompts: Sequence[Prompt], config: Config, pool: VerifierPool
-) -> Evaluation:
+def evaluate(system: System, params: Params, prompts: Sequence[Prompt], config: Config, scorer: Scorer) -> Evaluation:
     """Greedy accuracy over `prompts`, and pass@1, pass@k and rethinking by samples of the first of them.
 
     `params` are in the sampling layout. Never forces a second look; temperature 1 without truncation for the samples.
@@ -37,9 +35,9 @@ def evaluate(
     settings = config.evaluation
     greedy_prompts = prompts[: settings.num_problems]
     sampled_prompts = prompts[: settings.num_sampled_problems]
-    greedy = _draw(system, params, greedy_prompts, 1, 0.0, config, pool)
+    greedy = _draw(system, params, greedy_prompts, 1, 0.0, config, scorer)
     n = settings.samples_per_problem
-    sampled = _draw(system, params, sampled_prompts, n, 1.0, config, pool)
+    sampled = _draw(system, params, sampled_prompts, n, 1.0, config, scorer)
     groups = [
         Group(place, prompt, tuple(sampled[place * n : (place + 1) * n]))
         for place, prompt in enumerate(sampled_prompts)
@@ -73,7 +71,7 @@ def _draw(
     n: int,
     temperature: float,
     config: Config,
-    pool: VerifierPool,
+    scorer: Scorer,
 ) -> list[Rollout]:
     """n samples of every prompt, in chunks of one shape."""
     settings = SamplingConfig(
@@ -93,9 +91,10 @@ def _draw(
     per_chunk = size if n > 1 else config.evaluation.batch_size
     for start in range(0, len(requests), per_chunk):
         chunk = requests[start : start + per_chunk]
-        drawn, _ = system.sampler.generate(
+        judging = Judging(chunk, scorer)
+        system.sampler.generate(
             params, chunk, settings, budgets, seed=config.run.seed, step=EVALUATION_STEP,
-            num_prompts=config.evaluation.batch_size,
+            num_prompts=config.evaluation.batch_size, on_finished=judging.submit,
         )  # fmt: skip
-        rollouts += judge(chunk, drawn, pool, config.verifier.reward)
+        rollouts += judging.result()
     return rollouts

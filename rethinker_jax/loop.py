@@ -9,27 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from rethinker_jax import replay, rethink
-from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config
-from rethinker_jax.console import RunProgress, print_summary
-from rethinker_jax.devices import start_jax
+from rethinker_jax.console import RunProgress, parameter_line, print_summary
+from rethinker_jax.devices import CompileCounter, start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
+from rethinker_jax.experience import (
+    experience_of,
+    make_batches,
+    trainer_log_probs,
+    with_advantages,
+    with_consistency,
+    with_trainer_log_probs,
+)
 from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.models.parts import count_parameters
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.report import write_report
-from rethinker_jax.rollout import Group, budgets_of, roll_out
+from rethinker_jax.rewards.scorer import Scorer
+from rethinker_jax.rewards.terms import check_row
+from rethinker_jax.rollout import Group, roll_out
 from rethinker_jax.run_directory import RunDirectory, hash_of, versions
-from rethinker_jax.step_metrics import batch_metrics, rollout_metrics, share
+from rethinker_jax.step_metrics import batch_metrics, padding_share, rollout_metrics, share
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches, pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
@@ -75,15 +82,16 @@ def train(config: Config, name: str) -> Path:
         if not summary.get("after") or summary.get("num_steps", 0) < config.run.num_steps:
             start_jax(config)
             splits = load_splits(config, run)
-            system = load_system(config)
-            run.start(config)
-            with (
-                contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
-                VerifierPool(config.verifier) as pool,
-                MetricsLog(run.path, store.latest_step or 0) as log,
-            ):
-                updater, progress = begin(config, system, store, splits, started)
-                run_steps(run, config, name, system, splits, updater, progress, pool, log, store, stop)
+            # Before the model: a reward function that cannot be used is said at once.
+            with VerifierPool(config.verifier) as pool, Scorer(config, pool) as scorer:
+                system = load_system(config)
+                run.start(config)
+                with (
+                    contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
+                    MetricsLog(run.path, store.latest_step or 0) as log,
+                ):
+                    updater, progress = begin(config, system, store, splits, started)
+                    run_steps(run, config, name, system, splits, updater, progress, scorer, log, store, stop)
         paths = {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"}
         bad_rows = run.path / "bad_rows.jsonl"
         print_summary(run.read_summary(), paths | ({"rows left out": bad_rows} if bad_rows.is_file() else {}))
@@ -98,7 +106,7 @@ def run_steps(
     splits: Splits,
     updater: Updater,
     progress: Progress,
-    pool: VerifierPool,
+    scorer: Scorer,
     log: MetricsLog,
     store: CheckpointStore,
     stop: StopRequest,
@@ -107,15 +115,16 @@ def run_steps(
     test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
     order = DataOrder(len(splits.train), config.run.seed, config.data.shuffle)
     with RunProgress(config.run.num_steps, progress.step, title=name) as shown:
+        shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
             shown.phase("evaluation before")
-            found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
+            found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
             run.write_evaluation("before", found.groups)
             progress.before = found.scores
         shown.phase("training")
         while progress.step < config.run.num_steps:
             with stop.held():
-                metrics, groups = train_step(config, system, updater, splits.train, order, pool, progress, run)
+                metrics, groups = train_step(config, system, updater, splits.train, order, scorer, progress, run)
                 log.write(progress.step - 1, metrics)
                 last = progress.step == config.run.num_steps
                 if (progress.step - 1) % config.run.rollouts_every == 0 or last:
@@ -124,7 +133,7 @@ def run_steps(
                     save(store, progress, splits)
                 shown.update(progress.step, {name: metrics[name] for name in SHOWN})
         shown.phase("evaluation after")
-        found = evaluate(system, system.sampling_params(progress.state.params), test, config, pool)
+        found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
         run.write_evaluation("after", found.groups)
     store.wait()
     run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)))
@@ -157,12 +166,12 @@ def train_step(
     updater: Updater,
     problems: Sequence[Problem],
     order: DataOrder,
-    pool: VerifierPool,
+    scorer: Scorer,
     progress: Progress,
     run: RunDirectory,
 ) -> tuple[dict[str, float], list[Group]]:
     """One step: a rollout batch and its optimizer steps. Changes `progress`; returns metrics and rollouts."""
-    begin_time, step = time.monotonic(), progress.step
+    begin_time, compiled, step = time.monotonic(), CompileCounter(), progress.step
 
     # prompt
     prompts = next_prompts(config, system, problems, order, step, run)
@@ -170,31 +179,36 @@ def train_step(
     # rollout, verify
     forced = rethink.active(config.rethink, step)
     sampling_params = system.sampling_params(progress.state.params)
-    groups, counters = roll_out(system, sampling_params, prompts, config, pool, step, forced=forced)
+    rolled = roll_out(system, sampling_params, prompts, config, scorer, step, forced=forced)
     del sampling_params
     rollout_time = time.monotonic()
+    groups, metrics = with_consistency(rolled.groups, config, system, updater, progress.state)
 
     # advantage
     groups = with_advantages(groups, config)
-    experiences = [experience_of(group, place, progress) for group in groups for place in range(len(group.rollouts))]
-    metrics = rollout_metrics(groups, config.advantage.epsilon, counters)
+    metrics |= rollout_metrics(groups, config.advantage.epsilon, rolled.counters)
+    update, prompt_of = int(jax.device_get(progress.state.num_updates)), dict(prompts)
+    experiences = [experience_of(group, rollout, update) for group in groups for rollout in group.rollouts]
     if trainer_log_probs(config, system):
-        experiences = with_trainer_log_probs(config, system, updater, progress, experiences, prompts, metrics)
+        experiences, gaps = with_trainer_log_probs(
+            config, system, updater, progress.state.params, experiences, prompt_of
+        )
+        metrics |= gaps
 
     # replay, update
     found = []
-    prompt_of = {row: prompt for row, prompt in prompts}
     for start in range(0, len(experiences), config.training.batch_size):
         raw = experiences[start : start + config.training.batch_size]
         update = int(jax.device_get(progress.state.num_updates))
         chosen = replay.select(raw, progress.buffer, config.replay, config.advantage.epsilon, (config.run.seed, update))
         progress.buffer = chosen.buffer
-        sums = {}
+        sums: dict[str, Any] = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), step, run))
             batches = make_batches(config, system, prompt_of, chosen, start == 0)
             progress.state, sums = updater.step(progress.state, batches)
+            sums |= {"row_padding_share": padding_share(batches)}
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
@@ -207,7 +221,9 @@ def train_step(
     seconds = time.monotonic() - begin_time
     metrics["replay_size"] = len(progress.buffer)
     metrics["seconds_rollout"] = rollout_time - begin_time
+    metrics["seconds_waiting_for_verdicts"] = rolled.seconds_waited
     metrics["seconds_update"] = seconds - metrics["seconds_rollout"]
+    metrics["seconds_compile"] = compiled.seconds
     metrics["tokens_per_second"] = sum(len(one.completion) for group in groups for one in group.rollouts) / seconds
     return metrics, groups
 
@@ -237,94 +253,6 @@ def usable_prompts(
         except BadPrompt as error:
             run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
     return prompts
-
-
-def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
-    rewards = np.stack([group.rewards for group in groups])
-    first = np.stack([group.first_rewards for group in groups])
-    advantages = group_advantages(rewards, first, config.advantage.estimator)
-    return [
-        dataclasses.replace(
-            group,
-            rollouts=tuple(
-                dataclasses.replace(rollout, advantage=float(advantage))
-                for rollout, advantage in zip(group.rollouts, row, strict=True)
-            ),
-        )
-        for group, row in zip(groups, advantages, strict=True)
-    ]
-
-
-def experience_of(group: Group, place: int, progress: Progress) -> replay.Experience:
-    rollout = group.rollouts[place]
-    loss_mask, nll_mask = rethink.loss_masks(rollout.completion)
-    return replay.Experience(
-        problem=group.problem,
-        completion_ids=rollout.completion.token_ids,
-        loss_mask=loss_mask,
-        nll_mask=nll_mask,
-        old_log_probs=rollout.completion.log_probs,
-        advantage=rollout.advantage,
-        update=int(jax.device_get(progress.state.num_updates)),
-    )
-
-
-def make_batches(
-    config: Config, system: System, prompt_of: dict[int, Prompt], chosen: replay.Selection, first_update: bool
-) -> list[TrainBatch]:
-    """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own.
-
-    A replayed row without a prompt, whose image was lost since, is left out.
-    """
-
-    def row(one: replay.Experience, fresh: bool) -> TrainRow:
-        masks = one.loss_mask, one.nll_mask
-        return TrainRow(prompt_of[one.problem], one.completion_ids, *masks, one.old_log_probs, one.advantage, fresh)
-
-    replayed = [one for one in chosen.replayed if one.problem in prompt_of]
-    rows = [row(one, first_update) for one in chosen.fresh] + [row(one, False) for one in replayed]
-    size = config.training.batch_size
-    micro = config.training.micro_batch_size or size
-    return pack_micro_batches(rows, system.geometry, longest_completion(config, system), size, micro)
-
-
-def longest_completion(config: Config, system: System) -> int:
-    return budgets_of(config, [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]).total
-
-
-def trainer_log_probs(config: Config, system: System) -> bool:
-    """Are old log-probs made again by the trainer: by default where the computation is not float32."""
-    mode = config.loss.old_log_probs
-    return mode == "trainer" or (mode == "auto" and system.dtype != jnp.float32)
-
-
-def with_trainer_log_probs(
-    config: Config,
-    system: System,
-    updater: Updater,
-    progress: Progress,
-    experiences: Sequence[replay.Experience],
-    prompts: Sequence[tuple[int, Prompt]],
-    metrics: dict[str, float],
-) -> list[replay.Experience]:
-    """Old log-probs by the trainer's forward pass; adds how far the sampler's were off to `metrics`."""
-    prompt_of, size, made = dict(prompts), config.training.micro_batch_size or config.training.batch_size, []
-    gaps: list[np.ndarray] = []
-    for start in range(0, len(experiences), size):
-        chunk = experiences[start : start + size]
-        rows = [
-            TrainRow(prompt_of[one.problem], one.completion_ids, one.loss_mask, one.nll_mask, one.old_log_probs)
-            for one in chunk
-        ]
-        batch = pack_rows(rows, system.geometry, longest_completion(config, system), size)
-        found = jax.device_get(updater.log_probs(progress.state.params, batch))
-        for one, values in zip(chunk, found, strict=False):
-            own = np.asarray(values[: len(one.completion_ids)], np.float32)
-            gaps.append(np.abs(own - one.old_log_probs)[one.loss_mask])
-            made.append(dataclasses.replace(one, old_log_probs=own))
-    gap = np.concatenate(gaps)
-    metrics |= {"sampler_trainer_gap": share(gap.tolist()), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
-    return made
 
 
 def refuse_bad_updates(config: Config, progress: Progress) -> None:
@@ -364,7 +292,7 @@ def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Probl
         run.note_bad_row(-1, row.where, row.kind, row.why, limit)
     good = []
     for problem in found.problems:
-        trouble = check_gold(problem.answer, problem.choices, problem.type)
+        trouble = check_gold(problem.answer, problem.choices, problem.type) or check_row(problem, config.reward)
         if trouble:
             run.note_bad_row(-1, problem.id, "bad_gold", f"{trouble}: {problem.answer!r:.80}", limit)
         else:
@@ -399,6 +327,7 @@ def summarize(
         "after_per_source": after.per_source,
         "zero_advantage_share": ends("zero_advantage_share"),
         "effective_share": ends("effective_share"),
+        "parameters": count_parameters(progress.state.params, config.model.freeze),
         **progress.spent,
         "seed": config.run.seed,
         "device": f"{len(jax.devices())} × {device.device_kind}",

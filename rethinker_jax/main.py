@@ -21,7 +21,7 @@ from rethinker_jax.mesh_spec import is_mesh_spec, parse_mesh
 
 PROGRAM = "python -m rethinker_jax.main"
 NOT_YET = ("evaluate", "plan")
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^\s=]+)?=.*", re.DOTALL)
 _WORDS_HELP = """\
 CONFIG.yaml        a YAML file, or package:NAME for one that comes with the package
 section.key=value  overrides one key; may stand anywhere and be repeated, the last one holds

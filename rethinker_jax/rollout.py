@@ -1,6 +1,7 @@
 """prompt → rollout → verify: n samples of every prompt, judged, with second looks where Forced Rethinking asks."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,12 +9,10 @@ import numpy as np
 from rethinker_jax import rethink
 from rethinker_jax.config import Config
 from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.rewards.scorer import Pending, Scorer
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
 from rethinker_jax.system import System
-from rethinker_jax.types import FIRST, TRIGGER, Completion, Prompt, Rollout, Verdict
-from rethinker_jax.verify.judge import JudgeItem
-from rethinker_jax.verify.pool import VerifierPool
-from rethinker_jax.verify.rewards import REWARDS, RewardInput
+from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,15 @@ class Group:
         return np.array([rollout.first_verdict.reward for rollout in self.rollouts], np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rolled:
+    """A rollout batch. `seconds_waited`: for verdicts, after the last token was drawn."""
+
+    groups: list[Group]
+    counters: Counters
+    seconds_waited: float
+
+
 def budgets_of(config: Config, triggers: Sequence[np.ndarray]) -> Budgets:
     """How long completions of this config may be; the same at every step, so that one loop is compiled."""
     first = config.sampling.max_new_tokens
@@ -48,11 +56,11 @@ def roll_out(
     params: Params,
     prompts: Sequence[tuple[int, Prompt]],
     config: Config,
-    pool: VerifierPool,
+    scorer: Scorer,
     step: int,
     *,
     forced: bool,
-) -> tuple[list[Group], Counters]:
+) -> Rolled:
     """Draw and judge `rollout.samples_per_prompt` samples of every (row number, prompt).
 
     `params` are in the sampling layout. `forced` switches Forced Rethinking on, by the config's rule.
@@ -63,36 +71,53 @@ def roll_out(
     requests = [Request(prompt, sample) for _, prompt in prompts for sample in range(n)]
     if forced and config.rethink.rule == "random":
         requests = [_with_trigger(request, triggers, config, step) for request in requests]
-    drawn, counters = system.sampler.generate(
+    judging = Judging(requests, scorer)
+    _, counters = system.sampler.generate(
         params, requests, config.sampling, budgets, seed=seed, step=step,
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+        on_finished=judging.submit,
     )  # fmt: skip
-    rollouts = judge(requests, drawn, pool, config.verifier.reward)
+    drawn_at = time.monotonic()
+    rollouts = judging.result()
+    seconds_waited = time.monotonic() - drawn_at
     if forced and config.rethink.rule == "paper":
-        rollouts = _second_pass(system, params, rollouts, triggers, config, pool, step)
+        rollouts = _second_pass(system, params, rollouts, triggers, config, scorer, step)
     groups = []
     for place, (row, prompt) in enumerate(prompts):
         kept = keep(rollouts[place * n : (place + 1) * n], config)
         groups.append(Group(row, prompt, kept))
-    return groups, counters
+    return Rolled(groups, counters, seconds_waited)
 
 
-def judge(requests: Sequence[Request], drawn: Sequence[Drawn], pool: VerifierPool, reward: str) -> list[Rollout]:
-    """Verdicts of every first response and, where a second look was forced, of the whole."""
-    firsts = [one.first or one.completion for one in drawn]
-    verdicts = verdicts_of([request.prompt for request in requests], firsts, pool, reward)
-    looked = [place for place, one in enumerate(drawn) if one.first is not None]
-    finals = verdicts_of(
-        [requests[place].prompt for place in looked], [drawn[place].completion for place in looked], pool, reward
-    )
-    second: dict[int, Verdict] = dict(zip(looked, finals, strict=True))
-    return [
-        Rollout(
-            request.prompt, request.sample, firsts[place], verdicts[place],
-            forced=drawn[place].completion if place in second else None, forced_verdict=second.get(place),
-        )
-        for place, request in enumerate(requests)
-    ]  # fmt: skip
+class Judging:
+    """Rollouts in the making: completions are submitted to the scorer as they end, while others are being drawn."""
+
+    def __init__(self, requests: Sequence[Request], scorer: Scorer):
+        self._requests = requests
+        self._scorer = scorer
+        self._parts: list[tuple[Sequence[tuple[int, Drawn]], Pending]] = []
+
+    def submit(self, ended: Sequence[tuple[int, Drawn]]) -> None:
+        """Asks for the verdicts of the first responses and, behind them, of what second looks were forced on."""
+        if not ended:
+            return
+        firsts = [(self._requests[row].prompt, drawn.first or drawn.completion) for row, drawn in ended]
+        forced = [(self._requests[row].prompt, drawn.completion) for row, drawn in ended if drawn.first is not None]
+        self._parts.append((ended, self._scorer.submit(firsts + forced)))
+
+    def result(self) -> list[Rollout]:
+        """Waits for the verdicts; one rollout a request, in their order."""
+        rollouts: dict[int, Rollout] = {}
+        for ended, pending in self._parts:
+            verdicts = pending.result()
+            second = iter(verdicts[len(ended) :])
+            for (row, drawn), verdict in zip(ended, verdicts, strict=False):
+                request = self._requests[row]
+                rollout = Rollout(request.prompt, request.sample, drawn.first or drawn.completion, verdict)
+                if drawn.first is not None:
+                    rollout = dataclasses.replace(rollout, forced=drawn.completion, forced_verdict=next(second))
+                rollouts[row] = rollout
+        return [rollouts[row] for row in range(len(self._requests))]
 
 
 def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
@@ -108,28 +133,6 @@ def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
     return tuple(marked)
 
 
-def verdicts_of(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], pool: VerifierPool, reward: str
-) -> list[Verdict]:
-    """Judge completions, with the reward that the function named `reward` makes of each verdict."""
-    problems = [prompt.problem for prompt in prompts]
-    items = [
-        JudgeItem(completion.text, problem.answer, problem.choices, problem.type)
-        for problem, completion in zip(problems, completions, strict=True)
-    ]
-    return [
-        dataclasses.replace(
-            verdict,
-            reward=REWARDS[reward](
-                RewardInput(
-                    verdict, completion.text, stopped=completion.finish_reason == "stop", forced=completion.forced
-                )
-            ),
-        )
-        for verdict, completion in zip(pool.judge_many(items), completions, strict=True)
-    ]
-
-
 def _with_trigger(request: Request, triggers: Sequence[np.ndarray], config: Config, step: int) -> Request:
     rng = rethink.coin(config.run.seed, step, request.prompt.problem.stable_hash, request.sample)
     number = rethink.choose_at_random(config.rethink, rng)
@@ -142,7 +145,7 @@ def _second_pass(
     rollouts: list[Rollout],
     triggers: Sequence[np.ndarray],
     config: Config,
-    pool: VerifierPool,
+    scorer: Scorer,
     step: int,
 ) -> list[Rollout]:
     """Rule `paper`: choose after the verdicts of the group, then go on from first response and trigger.
@@ -179,7 +182,7 @@ def _second_pass(
     )  # fmt: skip
     drawn = drawn[: len(requests)]
     prompts = [rollouts[place].prompt for place in places]
-    verdicts = verdicts_of(prompts, [one.completion for one in drawn], pool, config.verifier.reward)
+    verdicts = scorer.submit([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)]).result()
     rollouts = list(rollouts)
     for place, one, verdict in zip(places, drawn, verdicts, strict=True):
         rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)

@@ -32,7 +32,9 @@ Kind = Literal["rl", "sft"]
 # Sections of the config that a kind of run does not read.
 UNUSED: Mapping[Kind, frozenset[str]] = {
     "rl": frozenset({"sft"}),
-    "sft": frozenset({"sampling", "rollout", "verifier", "advantage", "replay", "rethink", "loss", "evaluation"}),
+    "sft": frozenset(
+        {"sampling", "rollout", "verifier", "reward", "advantage", "replay", "rethink", "loss", "evaluation"}
+    ),
 }
 
 
@@ -154,6 +156,8 @@ def _sample(rollout: Rollout) -> dict[str, Any]:
         "verdict": verdict.verdict,
         "first_verdict": rollout.first_verdict.verdict,
         "reward": verdict.reward,
+        "reward_parts": dict(verdict.parts),
+        "reward_missing": dict(verdict.missing),
         "extracted": verdict.extracted,
         "rule": verdict.rule,
         "advantage": rollout.advantage,

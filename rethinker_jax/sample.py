@@ -104,7 +104,7 @@ def score(options: ScoreOptions, config: Config) -> None:
             for problem, tokens in zip(chunk, ids, strict=True):
                 none = np.zeros(len(tokens), bool)
                 rows.append(TrainRow(_prompt(system, problem), tokens, none, none, np.zeros(len(tokens), np.float32)))
-            batch = pack_rows(rows, system.geometry, max(map(len, ids)), size)
+            batch = pack_rows(rows, system.geometry, max(map(len, ids)), size, config.buckets)
             log_probs = jax.device_get(updater.log_probs(system.params, batch))
             for problem, tokens, values in zip(chunk, ids, log_probs, strict=False):
                 found = [float(value) for value in values[: len(tokens)]]

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from rethinker_jax.config import Config, LossConfig
-from rethinker_jax.console import RunProgress
+from rethinker_jax.console import RunProgress, parameter_line
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.example.dataset import SFT_SEED, Stage, sft_examples
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.models.parts import count_parameters
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
@@ -131,8 +132,10 @@ def fine_tune(config: Config, name: str) -> Path:
                 updater, state, spent = begin(config, system, rows, store)
                 started -= spent
                 state = run_steps(run, config, name, system, rows, updater, state, log, store, stop, started)
-            write_model_directory(system.directory, model, system.model.config, jax.device_get(state.params))
-            run.write_summary(summarize(config, name, read_metrics(log.path), time.monotonic() - started))
+            merged = system.merged_params(state.params)
+            write_model_directory(system.directory, model, system.model.config, merged)
+            counts = count_parameters(state.params, config.model.freeze)
+            run.write_summary(summarize(config, name, read_metrics(log.path), time.monotonic() - started, counts))
         print(f"loss: {run.read_summary()['nll']}\nmodel: {model}")
     return run.path
 
@@ -169,6 +172,7 @@ def run_steps(
     order = DataOrder(rows.count, config.run.seed, config.data.shuffle)
     first, num_steps, cut = store.latest_step or 0, config.sft.num_steps, False
     with RunProgress(num_steps, first, title=name) as progress, ThreadPoolExecutor(1) as ahead:
+        progress.note(parameter_line(count_parameters(state.params, config.model.freeze)))
         coming = ahead.submit(next_batches, config, system, rows, order, first, run)
         for step in range(first, num_steps):
             with stop.held():
@@ -210,16 +214,22 @@ def next_batches(
         raise UserError(f"step {step}: none of its {size} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     micro = config.training.micro_batch_size or size
     num_cut = sum(int(row.completion_ids[-1]) != end for row in made)
-    return pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro), num_cut / len(made)
+    batches = pack_micro_batches(
+        made, system.geometry, config.sft.max_completion_tokens, size, micro, config.buckets
+    )
+    return batches, num_cut / len(made)
 
 
-def summarize(config: Config, name: str, rows: list[dict[str, Any]], wall_s: float) -> dict[str, Any]:
+def summarize(
+    config: Config, name: str, rows: list[dict[str, Any]], wall_s: float, parameters: dict[str, int]
+) -> dict[str, Any]:
     """What `summary.json` holds; `nll` is the mean over the last tenth of the steps, at least five."""
     last = [row["nll"] for row in rows[-max(5, len(rows) // 10) :] if row["nll"] is not None]
     return {
         "name": name,
         "num_steps": config.sft.num_steps,
         "nll": float(np.mean(last)) if last else None,
+        "parameters": parameters,
         "wall_s": wall_s,
         "seed": config.run.seed,
         "device": f"{len(jax.devices())} × {jax.devices()[0].device_kind}",

@@ -9,11 +9,25 @@ from rethinker_jax import rethink
 from rethinker_jax.replay import Experience, Selection
 from rethinker_jax.rollout import Group
 from rethinker_jax.sampling.sampler import Counters
+from rethinker_jax.training.batch import TrainBatch
+from rethinker_jax.types import Verdict
 
 
 def share(values: Sequence[Any]) -> float:
     """Mean, or NaN where there is nothing to average."""
     return float(np.mean(np.asarray(values, np.float64))) if len(values) else float("nan")
+
+
+def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Means of the reward's terms, over the responses that have them, and how many lack the judge's value."""
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
+    means = {
+        f"reward/{name}": share([verdict.parts[name] for verdict in verdicts if name in verdict.parts])
+        for name in names
+    }
+    judged = any("judge" in verdict.parts or "judge" in verdict.missing for verdict in verdicts)
+    failures = {"judge_failures": float(sum("judge" in verdict.missing for verdict in verdicts))} if judged else {}
+    return means | failures
 
 
 def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters) -> dict[str, float]:
@@ -24,6 +38,7 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
     zero = [all(abs(one.advantage) <= epsilon for one in group.rollouts) for group in groups]
     return {
         "reward": share([one.reward for one in rollouts]),
+        **reward_metrics([one.verdict for one in rollouts]),
         "accuracy": share([one.first_verdict.correct for one in rollouts]),
         "zero_advantage_share": share(zero),
         "all_correct_share": share([all(one.first_verdict.correct for one in group.rollouts) for group in groups]),
@@ -48,7 +63,14 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
         "slot_utilisation": counters.busy_steps / max(counters.slot_steps, 1),
         "images_encoded": counters.images,
         "prompts_prefilled": counters.prompts,
+        "prompt_padding_share": 1 - counters.prompt_fill,
+        "vision_padding_share": 1 - counters.vision_fill,
     }
+
+
+def padding_share(batches: Sequence[TrainBatch]) -> float:
+    """Of the token places of an optimizer step, the share that holds none."""
+    return 1 - sum(batch.num_tokens for batch in batches) / sum(batch.text.token_ids.size for batch in batches)
 
 
 def batch_metrics(

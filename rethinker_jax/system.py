@@ -1,6 +1,7 @@
 """What every command needs of a model directory, loaded once: model, weights on the mesh, tokenizer, sampler."""
 
 import dataclasses
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from jax.sharding import Mesh
 
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.errors import UserError
+from rethinker_jax.models.attention_kernels import choose_attention
+from rethinker_jax.models.lora import adapt_params, adapter_layout, init_adapters, merge_adapters
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig, read_config
@@ -24,7 +27,7 @@ from rethinker_jax.prompts.windows import VisionGeometry
 from rethinker_jax.sampling.prefill import sampling_layout
 from rethinker_jax.sampling.sampler import Sampler
 from rethinker_jax.training.optimizer import make_optimizer
-from rethinker_jax.training.update import Updater, UpdateRule
+from rethinker_jax.training.update import AverageRule, Updater, UpdateRule
 
 EXAMPLE_MODEL = Path(__file__).parent / "example" / "model"
 
@@ -46,6 +49,14 @@ class System:
     def sampling_params(self, params: Params) -> Params:
         """Cast and reshard training parameters for the sampler."""
         return sampling_layout(self.model, params, self.mesh, self.dtype)
+
+    def merged_params(self, params: Params) -> Params:
+        """Training parameters as the original has them: adapters, if there are any, added to their kernels."""
+        if "lora" not in params:
+            return params
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, {key: params[key] for key in ("text", "vision")})
+        merge = jax.jit(lambda params: merge_adapters(adapt_params(params, jnp.float32)), out_shardings=shardings)
+        return merge(params)
 
 
 def model_directory(path: str) -> Path:
@@ -73,16 +84,25 @@ def load_system(config: Config) -> System:
     )  # fmt: skip
     dtype = resolve_dtype(config.model.dtype, qwen.dtype)
     mesh = make_mesh(config.mesh)
+    attention = choose_attention(config.model.attention, qwen, dtype, mesh)
+    if jax.process_index() == 0:
+        print(f"attention: {attention.name}", file=sys.stderr)
     qwen, params = _weights(config, directory, qwen, mesh)
-    model = define_model(qwen, remat=config.model.remat == "full")
-    sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never)
+    if config.model.lora.rank:
+        params["lora"] = _adapters(config, qwen, mesh)
+    model = define_model(qwen, config.model.remat == "full", attention)
+    sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never, config.buckets)
     return System(directory, mesh, model, params, dtype, tokenizer, geometry, builder, sampler)
 
 
 def make_updater(config: Config, system: System, num_updates: int, loss: LossConfig) -> Updater:
     """The jitted optimizer step of a config for a loaded system."""
-    optimizer = make_optimizer(config.optimizer, num_updates, system.params, config.model.freeze)
-    rule = UpdateRule(system.model, optimizer, loss, system.dtype, config.model.freeze)
+    optimizer = make_optimizer(config.optimizer, num_updates)
+    consistency = config.reward.consistency
+    average = None
+    if consistency.weight and consistency.model == "ema":
+        average = AverageRule(consistency.ema_decay, consistency.ema_every)
+    rule = UpdateRule(system.model, optimizer, loss, system.dtype, config.model.freeze, average)
     return Updater(rule, system.params, system.mesh)
 
 
@@ -93,7 +113,7 @@ def training_shardings(config: QwenConfig, mesh: Mesh) -> Params:
 def _weights(config: Config, directory: Path, qwen: QwenConfig, mesh: Mesh) -> tuple[QwenConfig, Params]:
     shardings = training_shardings(qwen, mesh)
     if config.model.init == "random":
-        return qwen, jax.device_put(init_params(qwen, config.run.seed), shardings)
+        return qwen, init_params(qwen, config.run.seed, shardings)
     untied = dataclasses.replace(qwen, tied=False)
     found, params = load_params(directory, qwen, jnp.float32, training_shardings(untied, mesh))
     if found != qwen:
@@ -101,3 +121,10 @@ def _weights(config: Config, directory: Path, qwen: QwenConfig, mesh: Mesh) -> t
             f"{directory}: config.json ties the embeddings, but lm_head.weight differs; using it untied.", stacklevel=2
         )
     return found, params
+
+
+def _adapters(config: Config, qwen: QwenConfig, mesh: Mesh) -> Params:
+    lora = config.model.lora
+    dims, shapes = adapter_layout(qwen, lora.rank, lora.targets, config.model.freeze)
+    adapters = init_adapters(dims, shapes, lora.alpha / lora.rank, config.run.seed)
+    return jax.device_put(adapters, param_shardings(dims, shapes, mesh, TRAINING_RULES))

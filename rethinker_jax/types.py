@@ -46,10 +46,16 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePatches:
-    """An image: `patches` float32 [num_patches, patch_dim] by merge blocks, `grid` = (t, h, w) in patches."""
+    """An image: `patches` float32 [num_patches, patch_dim] by merge blocks, `grid` = (t, h, w) in patches.
+
+    `original_size` and `size` are (width, height) in pixels of the upright image and of what it was resized to; (0, 0)
+    where nobody said.
+    """
 
     patches: np.ndarray
     grid: tuple[int, int, int]
+    original_size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +113,18 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the verifier said of one response. `rule` names what decided, `ms` the time it took in the worker."""
+    """What the verifier said of one response. `rule` names what decided, `ms` the time it took in the worker.
+
+    `parts` holds the value of every reward term before its weight, `missing` why a term has none (judge → timeout).
+    """
 
     verdict: VerdictName
     reward: float
     extracted: str | None
     rule: str
     ms: float = 0.0
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    missing: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def correct(self) -> bool:

@@ -34,10 +34,18 @@ rollout: {prompts_per_step: 4, samples_per_prompt: 4}
 training: {batch_size: 8}
 replay: {capacity: 32}
 rethink: {fraction: 0.75}
+reward: {consistency: {weight: 0.5, ema_every: 2}}
 evaluation: {num_problems: 8, num_sampled_problems: 4, samples_per_problem: 2, batch_size: 8}
 """
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "rollouts", "checkpoints", "tensorboard")
-CLOCKS = ("seconds_rollout", "seconds_update", "tokens_per_second", "seconds")
+CLOCKS = (
+    "seconds_rollout",
+    "seconds_update",
+    "seconds_compile",
+    "seconds_waiting_for_verdicts",
+    "tokens_per_second",
+    "seconds",
+)
 
 
 def start(*words: str | Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:

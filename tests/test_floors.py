@@ -9,10 +9,11 @@ ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
     {"__init__", "types", "config", "errors", "options"}
     | {"config_check", "config_file", "config_keys", "mesh_spec", "stopping"},
-    {"prompts", "verify", "example", "report", "rethink", "advantage", "replay", "console", "metrics"},
+    {"prompts", "verify", "rewards", "example", "report", "rethink", "consistency", "advantage", "replay"}
+    | {"console", "metrics"},
     {"devices", "models"},
     {"sampling", "training"},
-    {"system", "rollout", "evaluate", "step_metrics", "run_directory", "sft", "sample", "export"},
+    {"system", "rollout", "experience", "evaluate", "step_metrics", "run_directory", "sft", "sample", "export"},
     {"loop", "pipeline"},
     {"commands", "main"},
 )

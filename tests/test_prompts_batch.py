@@ -11,7 +11,7 @@ from PIL import Image
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.example.model_config import build_model_directory
-from rethinker_jax.prompts.batch import bucket, pack_prompts
+from rethinker_jax.prompts.batch import pack_prompts
 from rethinker_jax.prompts.build import BadPrompt, PromptBuilder
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import ChatTokenizer

@@ -58,6 +58,75 @@ def test_patches_equal_the_published_processor(published, mode, size):
     assert found.grid == tuple(wanted["image_grid_thw"][0]) == image_grid(image, ImageSettings())
 
 
+RARE_MODES = ["PA", "RGBa", "RGBX", "YCbCr", "HSV", "LAB", "I", "F"]
+
+
+@pytest.mark.parametrize("mode", RARE_MODES)
+def test_rare_modes_too(published, mode):
+    """Catches a mode that is turned into RGB by another way than Pillow's."""
+    image = noise(70, 90, "RGBA")
+    image = image.convert(mode) if mode in ("PA", "RGBa") else image.convert("RGB").convert(mode)
+    assert image.mode == mode
+    wanted = published()(images=[image], return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(preprocess(image, ImageSettings()).patches, wanted)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_are_clipped_as_published(published, mode):
+    """Grey of 16 bits, as PNG and TIFF hold it: values above 255 are white, there and here. Catches a division."""
+    grey = np.random.default_rng(0).integers(0, 600, (90, 70)).astype("<u2" if mode == "I;16" else ">u2")
+    image = Image.frombytes(mode, (70, 90), grey.tobytes())
+    wanted = published()(images=[image], return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(preprocess(image, ImageSettings()).patches, wanted)
+    if mode == "I;16":
+        np.testing.assert_array_equal(preprocess(load_image(encoded(image)), ImageSettings()).patches, wanted)
+
+
+@pytest.mark.parametrize("mode, transparency", [("L", 0), ("RGB", 0), ("P", 0), ("P", bytes(range(256))), ("1", 0)])
+def test_transparency_beside_the_pixels(published, mode, transparency):
+    """PNG's tRNS: one colour, or an alpha for each palette entry. Catches it being lost when the file is opened."""
+    image = noise(70, 90).convert(mode)
+    # A colour that occurs, or what was given.
+    first = image.getpixel((0, 0)) if mode in ("L", "RGB", "P") and transparency == 0 else transparency
+    data = encoded(image, transparency=first)
+    image = load_image(data)
+    found = preprocess(image, ImageSettings()).patches
+    wanted = published()(images=[Image.open(io.BytesIO(data))], return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(found, wanted)
+    del image.info["transparency"]
+    assert not np.array_equal(found, preprocess(image, ImageSettings()).patches)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (2800, 14), (14, 2800), (27, 29), (13, 2600), (5000, 26)])
+def test_tiny_and_thin_images(published, size):
+    """Catches sides of no patch at all, and width exchanged with height where the aspect is extreme."""
+    wanted = published()(images=[noise(*size)], return_tensors="np")
+    found = preprocess(noise(*size), ImageSettings())
+    np.testing.assert_array_equal(found.patches, wanted["pixel_values"])
+    assert found.grid == tuple(wanted["image_grid_thw"][0])
+
+
+@pytest.mark.parametrize("file_format, mode", [("JPEG", "CMYK"), ("GIF", "RGBA"), ("WEBP", "RGBA"), ("TIFF", "RGB")])
+def test_files_are_decoded_as_published(published, file_format, mode):
+    """Catches a decoder option that the published loader does not set."""
+    data = encoded(noise(70, 90, "RGBA").convert(mode), file_format)
+    wanted = published()(images=[Image.open(io.BytesIO(data))], return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(preprocess(load_image(data), ImageSettings()).patches, wanted)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_that_of_the_published_loader(published, orientation, tmp_path):
+    """Catches a turn the wrong way, and a mirrored image that is only turned."""
+    from transformers.image_utils import load_image as published_load
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "a.png").write_bytes(encoded(noise(112, 56), exif=exif))
+    wanted = published()(images=[published_load(str(tmp_path / "a.png"))], return_tensors="np")["pixel_values"]
+    found = preprocess(load_image(str(tmp_path / "a.png")), ImageSettings())
+    np.testing.assert_array_equal(found.patches, wanted)
+
+
 def test_a_palette_with_transparency_is_composited_on_white(published):
     """Transparency of palette images sits in the info, not in a band: white, not the palette's colour."""
     image = Image.new("P", (56, 56), 0)

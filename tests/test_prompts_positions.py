@@ -82,6 +82,11 @@ def test_video_time_is_floored_not_cut_before_multiplying():
     assert video_positions(0, (3, 2, 2), 2, 2, 0.75)[0][0].tolist() == [0, 1, 3]
 
 
+def test_video_time_is_multiplied_in_float32():
+    """0.35 s at 2 tokens per second: slot 10 is at 7 in float32, and 0.35 * 2 * 10 = 6.9999999 in mixed precision."""
+    assert video_positions(0, (11, 2, 2), 2, 2, 0.35)[0][0, 10] == 7
+
+
 def test_an_image_has_no_time_scale():
     """A still image of two slots advances by 1 per slot, whatever a video's seconds are."""
     assert vision_positions(5, (2, 2, 2), 2)[0][0].tolist() == [5, 6]

@@ -414,7 +414,8 @@ def test_counters(loaded: Loaded, num_slots: int) -> None:
     for length in lengths:
         slot = free_at.index(min(free_at))
         free_at[slot] += length
-    assert counters == Counters(sum(lengths), max(free_at) * slots, images=7, prompts=6)
+    fills = counters.prompt_fill, counters.vision_fill
+    assert counters == Counters(sum(lengths), max(free_at) * slots, 7, 6, *fills)
     assert counters.busy_steps < counters.slot_steps < NEW * len(lengths) + (num_slots == 0)
 
 

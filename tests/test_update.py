@@ -350,23 +350,6 @@ def test_the_step_is_compiled_once(tiny, caplog):
     assert compiled[1:] == [0, 0]
 
 
-def test_frozen_parts_stay_and_have_no_optimizer_state(tiny):
-    """Vision and decoder frozen, with weight decay, which moves without a gradient. Catches a part that takes another's
-    name (the merger lies under `vision`), and moments that cost memory for what is never trained."""
-    model = dataclasses.replace(tiny.config.model, freeze=("vision", "decoder"))
-    updater = make_updater(dataclasses.replace(tiny.config, model=model), tiny.system, 100, LOSS)
-    frozen = dataclasses.replace(tiny, updater=updater)
-    before = leaves(tiny.system.params)
-    state, metrics = frozen.step(tiny.pack(tiny.own(make_rows(tiny))))
-    assert metrics["gradient_norm"] > 0
-    for name, value in leaves(state.params).items():
-        same = np.array_equal(value, before[name])
-        assert same == ("merger" not in name), name
-    merger = sum(value.size for name, value in before.items() if "merger" in name)
-    held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
-    assert held == 2 * merger
-
-
 # --- micro-batches and chunks --------------------------------------------------------------------------------------
 
 

@@ -6,10 +6,8 @@ from typing import Any, no_type_check
 
 import numpy as np
 
-from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, bucket, pack_images
+from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, choose_bucket, pack_images
 from rethinker_jax.types import ImagePatches, Prompt
-
-__all__ = ["PromptBatch", "TextBatch", "bucket", "pack_prompts"]
 
 
 @no_type_check
@@ -68,12 +66,13 @@ def pack_prompts(
     *,
     pad_id: int = 0,
     seq_minimum: int = 64,
+    seq_buckets: Sequence[int] = (),
     batch_size: int | None = None,
     vision_buckets: Sequence[tuple[int, int]] | None = None,
     row_multiple: int = 1,
     vision_minimum: tuple[int, int] = (1, 4),
 ) -> PromptBatch:
-    """Pads prompts to one length, `bucket(longest, seq_minimum)`, and lays their images out; equal objects only once.
+    """Pads prompts to one length, of `seq_buckets` if one is enough, and lays their images out; equal objects only once.
 
     Rows keep their order; rows up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
     Raises ValueError for no prompts, for more of them than `batch_size`, and for image tokens that no image fills.
@@ -86,7 +85,7 @@ def pack_prompts(
     if images:
         vision = pack_images(images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum)
 
-    seq = bucket(max(len(prompt) for prompt in prompts), seq_minimum)
+    seq = choose_bucket(max(len(prompt) for prompt in prompts), seq_buckets, seq_minimum)
     token_ids = np.full((rows, seq), pad_id, np.int32)
     positions = np.zeros((3, rows, seq), np.int32)
     image_index = np.full((rows, seq), -1, np.int32)

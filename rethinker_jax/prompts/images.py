@@ -210,6 +210,7 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> ImagePatches:
     Patches come in merge-block order. Both time slices of a still image are the same. Raises BadImage.
     """
     rgb = to_rgb(image)
+    original_size = (rgb.width, rgb.height)
     height, width = smart_resize(rgb.height, rgb.width, settings)
     # PIL resizes uint8; where the size is right already its bicubic filter is the identity.
     if (rgb.height, rgb.width) != (height, width):
@@ -224,4 +225,4 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> ImagePatches:
     for channel, (mean, std) in enumerate(zip(settings.mean, settings.std, strict=True)):
         table = (grey - np.float32(mean)) / np.float32(std)
         patches[:, channel] = table[pixels[:, channel]]
-    return ImagePatches(patches.reshape(h * w, settings.patch_dim), (1, h, w))
+    return ImagePatches(patches.reshape(h * w, settings.patch_dim), (1, h, w), original_size, (width, height))

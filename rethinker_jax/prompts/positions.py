@@ -49,7 +49,8 @@ def vision_positions(
     if min(t, rows, columns) < 1:
         raise ValueError(f"grid {grid} has nothing left when merged by {merge_size}")
     slot, row, column = np.indices((t, rows, columns)).reshape(3, -1)
-    time = np.floor(slot * np.float32(time_interval)).astype(np.int32)
+    # In float32, as there: 0.7 s x 10 rounds to 7, where float64 would be cut to 6.
+    time = np.floor(slot.astype(np.float32) * np.float32(time_interval)).astype(np.int32)
     positions = np.stack([time, row, column]).astype(np.int32) + np.int32(start)
     return positions, start + max(grid[1], grid[2]) // merge_size
 
@@ -64,4 +65,4 @@ def video_positions(
     (version 4: behind the largest). The first completion token still lies behind the largest position of the prompt, so
     decoding jumps ahead. Nothing else in this package takes videos yet.
     """
-    return vision_positions(start, grid, merge_size, tokens_per_second * second_per_grid)
+    return vision_positions(start, grid, merge_size, float(np.float32(tokens_per_second) * np.float32(second_per_grid)))

@@ -117,6 +117,11 @@ def bucket(n: int, minimum: int = 1) -> int:
     return -(-units // step) * step * minimum
 
 
+def choose_bucket(n: int, sizes: Sequence[int], minimum: int = 1) -> int:
+    """The smallest of `sizes` that holds n, else n rounded up by `bucket`."""
+    return min((size for size in sizes if size >= n), default=bucket(n, minimum))
+
+
 def frame_layout(h: int, w: int, geometry: VisionGeometry) -> FrameLayout:
     """Layout of one frame of h x w patches. Raises ValueError unless both are multiples of `merge_size`."""
     merge, side = geometry.merge_size, geometry.window_units

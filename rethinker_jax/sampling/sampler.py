@@ -1,24 +1,29 @@
 """Requests in, completions out: the host's side of the decode loop.
 
+The host looks every `steps_per_call` steps: it fetches the completions that ended, sends the device on its way, and
+hands them over, so that they are judged while others are drawn.
+
 Stop strings are sought in each response alone, in what was drawn: a trigger or a prefix that holds one stops nothing.
-The host looks every `steps_per_call` steps, to free the slot; where a completion is cut does not depend on that.
+The look frees their slots; where a completion is cut does not depend on when the host looks.
 """
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rethinker_jax.config import SamplingConfig
+from rethinker_jax.config import BucketsConfig, SamplingConfig
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows
-from rethinker_jax.prompts.batch import bucket, pack_prompts
+from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
 from rethinker_jax.prompts.template import ChatTokenizer
-from rethinker_jax.prompts.windows import VisionGeometry
+from rethinker_jax.prompts.windows import VisionGeometry, bucket
 from rethinker_jax.sampling import decode
 from rethinker_jax.sampling.choose import request_keys
 from rethinker_jax.sampling.prefill import prefill
@@ -69,12 +74,17 @@ class Budgets:
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """What one call did: slot steps that wrote a token, all slot steps, images encoded, prompts prefilled."""
+    """What one call did: slot steps that wrote a token, all slot steps, images encoded, prompts prefilled.
+
+    `prompt_fill` and `vision_fill` are the shares of the padded arrays that held a token or a patch.
+    """
 
     busy_steps: int
     slot_steps: int
     images: int
     prompts: int
+    prompt_fill: float
+    vision_fill: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +97,7 @@ class Sampler:
     geometry: VisionGeometry
     end_ids: tuple[int, ...]
     never: np.ndarray
+    buckets: BucketsConfig
 
     def generate(
         self,
@@ -99,53 +110,76 @@ class Sampler:
         step: int,
         second_temperature: float = 1.0,
         num_prompts: int | None = None,
-        on_chunk: Callable[[], None] | None = None,
+        on_finished: Callable[[Sequence[tuple[int, Drawn]]], None] | None = None,
     ) -> tuple[list[Drawn], Counters]:
         """Draw one completion a request, in the order of `requests`. `params` are in the sampling layout.
 
         Each distinct prompt is prefilled once. `num_prompts` pads their number, so that few shapes are compiled.
-        `on_chunk` is called on the host every `settings.steps_per_call` decode steps.
+        `on_finished` is given the completions that ended since the last look, each with the number of its request,
+        while the device draws the others; a look that finds none gives an empty list.
         """
         prompts = list({id(request.prompt): request.prompt for request in requests}.values())
-        place_of = {id(prompt): place for place, prompt in enumerate(prompts)}
-        prefilled = self._prefill(params, prompts, num_prompts or len(prompts))
+        batch = self._pack(prompts, num_prompts or len(prompts))
+        prefilled = self._prefill(params, batch)
         num_slots = min(settings.num_slots or len(requests), len(requests))
-        asked = self._requests(requests, place_of, settings, budgets, (seed, step), second_temperature)
+        asked = self._requests(requests, prompts, settings, budgets, (seed, step), second_temperature)
         places = decode.Places.on(self.mesh, num_slots, self.model.config.kv_heads)
         state = decode.start(self.model, places, prefilled, len(requests), num_slots, budgets.total)
         rules = self._rules(settings)
-        done = False
-        while not done:
-            state = decode.run(
+
+        def go_on(state: decode.LoopState) -> decode.LoopState:
+            return decode.run(
                 self.model, places, params, prefilled, asked, rules, state, len(requests), settings.steps_per_call
             )
+
+        drawn: dict[int, Drawn] = {}
+        state, done = go_on(state), False
+        while not done:
             if settings.stop_strings:
                 state = self._free_stopped(state, requests, settings.stop_strings)
-            done = bool((state.next_request >= len(requests)) & (state.slots.request < 0).all())
-            if on_chunk is not None:
-                on_chunk()
-        host = jax.device_get(state.outputs)
-        images = len({id(image) for prompt in prompts for image in prompt.images})
-        counters = Counters(int(state.busy), int(state.step) * num_slots, images, len(prompts))
-        strings = settings.stop_strings
-        return [self._drawn(host, row, request, strings) for row, request in enumerate(requests)], counters
+            look = jax.device_get(_look(state))
+            ended = [row for row in np.flatnonzero(look.ended).tolist() if row not in drawn]
+            blocks = [ended[start : start + BLOCK] for start in range(0, len(ended), BLOCK)]
+            # Copied before the loop goes on, because it takes the arrays over.
+            copies = [_rows_of(state.outputs, np.resize(np.array(rows, np.int32), BLOCK)) for rows in blocks]
+            done = bool(look.done)
+            if not done:
+                state = go_on(state)
+            new = []
+            for rows, copy in zip(blocks, copies, strict=True):
+                host = jax.device_get(copy)
+                strings = settings.stop_strings
+                new += [(row, self._drawn(host, place, requests[row], strings)) for place, row in enumerate(rows)]
+            drawn |= new
+            if on_finished is not None:
+                on_finished(new)
+        counters = Counters(
+            int(look.busy), int(look.step) * num_slots,
+            len({id(image) for prompt in prompts for image in prompt.images}), len(prompts),
+            prompt_fill=float(batch.text.lengths.sum() / batch.text.token_ids.size),
+            vision_fill=batch.vision.fill if batch.vision is not None else 1.0,
+        )  # fmt: skip
+        return [drawn[row] for row in range(len(requests))], counters
 
-    def _prefill(self, params: Params, prompts: list[Prompt], num_prompts: int) -> decode.Prompts:
+    def _pack(self, prompts: list[Prompt], num_prompts: int) -> PromptBatch:
         images = max(1, num_prompts // 2)
-        batch = pack_prompts(
-            prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, vision_minimum=(bucket(images, 4), 4)
-        )
+        return pack_prompts(
+            prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, seq_buckets=self.buckets.prompt_tokens,
+            vision_buckets=self.buckets.vision, vision_minimum=(bucket(images, 4), 4),
+        )  # fmt: skip
+
+    def _prefill(self, params: Params, batch: PromptBatch) -> decode.Prompts:
         if batch.vision is not None:
             batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
         placed = place_rows(batch, self.mesh, 0, {"positions": 1})
         lengths = batch.text.lengths
-        last = batch.text.token_ids[np.arange(num_prompts), np.maximum(lengths - 1, 0)]
+        last = batch.text.token_ids[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
         return decode.Prompts(prefill(self.model, params, placed), lengths, batch.next_positions, last)
 
     def _requests(
         self,
         requests: Sequence[Request],
-        place_of: dict[int, int],
+        prompts: Sequence[Prompt],
         settings: SamplingConfig,
         budgets: Budgets,
         name: tuple[int, int],
@@ -159,6 +193,7 @@ class Sampler:
                 out[row, : len(values)] = values
             return out
 
+        place_of = {id(prompt): place for place, prompt in enumerate(prompts)}
         hashes = np.array([request.prompt.problem.stable_hash for request in requests], np.int32)
         samples = np.array([request.sample for request in requests], np.int32)
         return decode.Requests(
@@ -189,15 +224,15 @@ class Sampler:
     def _free_stopped(
         self, state: decode.LoopState, requests: Sequence[Request], strings: tuple[str, ...]
     ) -> decode.LoopState:
-        """Free the slots whose completions hold a stop string; `_drawn` cuts them."""
-        host, in_slots = jax.device_get((state.outputs, state.slots.request))
+        """End the completions in slots that hold a stop string; `_drawn` cuts them."""
+        in_slots = np.asarray(jax.device_get(state.slots.request))
+        host = jax.device_get(_rows_of(state.outputs, np.maximum(in_slots, 0)))
         stopped = np.zeros(len(requests), bool)
-        for row in in_slots[in_slots >= 0]:
-            length = host.lengths[row]
-            tokens, segments = host.tokens[row, :length], host.segments[row, :length]
+        for slot in np.flatnonzero(in_slots >= 0):
+            row, length = in_slots[slot], host.lengths[slot]
+            tokens, segments = host.tokens[slot, :length], host.segments[slot, :length]
             stopped[row] = self._find_stop(tokens, segments, len(requests[row].prefix_ids), strings) is not None
-        slots = dataclasses.replace(state.slots, request=_without(state.slots.request, stopped))
-        return dataclasses.replace(state, slots=slots)
+        return _stop_rows(state, stopped)
 
     def _find_stop(
         self, tokens: np.ndarray, segments: np.ndarray, inserted: int, strings: tuple[str, ...]
@@ -267,10 +302,36 @@ class _Stop:
     text: str
 
 
+BLOCK = 16  # completions that are fetched together: one compiled copy serves any number of them
+
 _keys = jax.jit(request_keys)
 
 
+class _Look(NamedTuple):
+    """What the host wants to know of the loop; `ended` is bool [requests]."""
+
+    ended: Any
+    done: Any
+    busy: Any
+    step: Any
+
+
 @jax.jit
-def _without(in_slots: jax.Array, stopped: jax.Array) -> jax.Array:
-    """Requests in slots, -1 where the slot was idle or its request is `stopped`."""
-    return jnp.where((in_slots >= 0) & stopped[jnp.maximum(in_slots, 0)], -1, in_slots)
+def _look(state: decode.LoopState) -> _Look:
+    ended = state.outputs.finish != decode.RUNNING
+    return _Look(ended, ended.all() & (state.slots.request < 0).all(), state.busy, state.step)
+
+
+@jax.jit
+def _rows_of(outputs: decode.Outputs, rows: jax.Array) -> decode.Outputs:
+    return jax.tree.map(lambda array: array[rows], outputs)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _stop_rows(state: decode.LoopState, stopped: jax.Array) -> decode.LoopState:
+    """Ends the requests of `stopped`, bool [requests], that are in slots, and frees these."""
+    in_slots = state.slots.request
+    freed = (in_slots >= 0) & stopped[jnp.maximum(in_slots, 0)]
+    slots = dataclasses.replace(state.slots, request=jnp.where(freed, -1, in_slots))
+    finish = jnp.where(stopped, decode.STOP_STRING, state.outputs.finish)
+    return dataclasses.replace(state, slots=slots, outputs=dataclasses.replace(state.outputs, finish=finish))

@@ -7,12 +7,14 @@ from typing import Any, no_type_check
 import jax
 import numpy as np
 
+from rethinker_jax.config import BucketsConfig
 from rethinker_jax.prompts.batch import TextBatch
-from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, pack_images
+from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, choose_bucket, pack_images
 from rethinker_jax.types import ImagePatches, Prompt
 
-SEQ_STEP = 32  # row lengths are rounded up to multiples of this, so that few shapes are compiled
+SEQ_MINIMUM = 32
 COMPLETION_STEP = 64
+BY_NEED = BucketsConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +54,38 @@ class TrainBatch:
     advantages: Any
     fresh: Any
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the rows, without padding; of a batch on the host."""
+        return int(self.text.lengths[self.completion_mask.any(axis=-1)].sum())
+
 
 def round_up(number: int, step: int) -> int:
     return -(-max(number, 1) // step) * step
 
 
-def pack_rows(rows: Sequence[TrainRow], geometry: VisionGeometry, completion_length: int, num_rows: int) -> TrainBatch:
+def pack_rows(
+    rows: Sequence[TrainRow],
+    geometry: VisionGeometry,
+    completion_length: int,
+    num_rows: int,
+    buckets: BucketsConfig = BY_NEED,
+) -> TrainBatch:
     """Lay out `rows` for the update, padded with empty rows to `num_rows`.
 
     `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its
     encoding.
     """
-    return pack_micro_batches(rows, geometry, completion_length, num_rows, num_rows)[0]
+    return pack_micro_batches(rows, geometry, completion_length, num_rows, num_rows, buckets)[0]
 
 
 def pack_micro_batches(
-    rows: Sequence[TrainRow], geometry: VisionGeometry, completion_length: int, num_rows: int, micro_rows: int
+    rows: Sequence[TrainRow],
+    geometry: VisionGeometry,
+    completion_length: int,
+    num_rows: int,
+    micro_rows: int,
+    buckets: BucketsConfig = BY_NEED,
 ) -> list[TrainBatch]:
     """`rows`, padded with empty ones to `num_rows`, as batches of `micro_rows` rows, all of one shape.
 
@@ -77,9 +95,10 @@ def pack_micro_batches(
     if len(rows) > num_rows:
         raise ValueError(f"pack_micro_batches wants at most {num_rows} rows, got {len(rows)}")
     chunks = [rows[start : start + micro_rows] for start in range(0, num_rows, micro_rows)]
-    seq = round_up(max((len(row.prompt) + len(row.completion_ids) for row in rows), default=0), SEQ_STEP)
+    longest = max((len(row.prompt) + len(row.completion_ids) for row in rows), default=1)
+    seq = choose_bucket(longest, buckets.row_tokens, SEQ_MINIMUM)
     length = round_up(completion_length, COMPLETION_STEP)
-    visions = _pack_visions(chunks, geometry, micro_rows)
+    visions = _pack_visions(chunks, geometry, micro_rows, buckets.vision)
     return [_lay_out(chunk, vision, micro_rows, seq, length) for chunk, vision in zip(chunks, visions, strict=True)]
 
 
@@ -88,18 +107,22 @@ def _unique_images(rows: Sequence[TrainRow]) -> dict[int, ImagePatches]:
 
 
 def _pack_visions(
-    chunks: Sequence[Sequence[TrainRow]], geometry: VisionGeometry, micro_rows: int
+    chunks: Sequence[Sequence[TrainRow]],
+    geometry: VisionGeometry,
+    micro_rows: int,
+    buckets: Sequence[tuple[int, int]],
 ) -> Sequence[VisionBatch | None]:
     """The images of every chunk, in one shape; None for all where there are none."""
     # Half a row an image is the usual need; a common minimum keeps the number of compiled shapes small.
     minimum = (max(1, micro_rows // 2), 4)
     images = [list(_unique_images(chunk).values()) for chunk in chunks]
     while True:
-        visions = [pack_images(some, geometry, minimum=minimum) if some else None for some in images]
+        visions = [pack_images(some, geometry, buckets, minimum=minimum) if some else None for some in images]
         found = [vision for vision in visions if vision is not None]
         if len({vision.shape for vision in found}) <= 1:
             break
         minimum = (max(vision.shape[0] for vision in found), max(vision.shape[1] for vision in found))
+        buckets = [shape for shape in buckets if shape[0] >= minimum[0] and shape[1] >= minimum[1]]
     if not found:
         return visions
     like = found[0]

@@ -12,25 +12,34 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rethinker_jax.config import LossConfig
-from rethinker_jax.models.precision import cast_params
+from rethinker_jax.models.lora import adapt_params
+from rethinker_jax.models.parts import join_params, split_params
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows
 from rethinker_jax.training.batch import TrainBatch
 from rethinker_jax.training.log_probs import token_log_probs
 from rethinker_jax.training.losses import clipped_policy_loss, token_weights
-from rethinker_jax.training.optimizer import frozen_mask
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an update changes. `params` and the optimizer state are float32."""
+    """Everything that an update changes. `params`, frozen ones too, and the optimizer's moments are float32."""
 
     params: Params
-    opt_state: Any
+    opt_state: Any  # of the trained parameters alone
     num_updates: jax.Array  # optimizer steps made, skipped ones included
     num_skipped: jax.Array  # updates left out because the gradient was not finite
+    average: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class AverageRule:
+    """average ← decay · average + (1 − decay) · weights, after every `every` updates."""
+
+    decay: float
+    every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +51,7 @@ class UpdateRule:
     loss: LossConfig
     dtype: Any
     freeze: tuple[str, ...] = ()
-
-
-def _is_masked(node: Any) -> bool:
-    """Is this the optimizer's filler for a frozen parameter."""
-    return isinstance(node, optax.MaskedNode)
+    average: AverageRule | None = None
 
 
 class Updater:
@@ -63,13 +68,13 @@ class Updater:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         opt_state = optax.tree.map_params(
             rule.optimizer,
-            lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
-            jax.eval_shape(rule.optimizer.init, params),
-            shardings,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self._init_optimizer, params),
+            split_params(shardings, rule.freeze)[0],
             transform_non_params=lambda _: whole,
-            is_leaf=_is_masked,
         )
-        places: Any = (shardings, opt_state, whole, whole)
+        average = split_params(shardings, rule.freeze)[0] if rule.average else {}
+        places: Any = (shardings, opt_state, whole, whole, average)
         self._places = TrainState(*places)
         self._step = jax.jit(
             functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole)
@@ -78,8 +83,17 @@ class Updater:
     def init(self, params: Params) -> TrainState:
         """The state before the first step; takes over `params`."""
         zero = np.zeros((), np.int32)
-        opt_state = jax.jit(self.rule.optimizer.init, out_shardings=self._places.opt_state)(params)
-        return TrainState(params, opt_state, *jax.device_put((zero, zero), self._places.num_updates))
+        opt_state = jax.jit(self._init_optimizer, out_shardings=self._places.opt_state)(params)
+        average = split_params(params, self.rule.freeze)[0] if self.rule.average else {}
+        average = jax.tree.map(jnp.copy, average)  # the step takes over both
+        return TrainState(params, opt_state, *jax.device_put((zero, zero), self._places.num_updates), average)
+
+    def averaged_params(self, state: TrainState) -> Params:
+        """The parameters with the moving average in place of what is trained. Wants a rule that keeps one."""
+        return join_params(state.average, split_params(state.params, self.rule.freeze)[1])
+
+    def _init_optimizer(self, params: Params) -> Any:
+        return self.rule.optimizer.init(split_params(params, self.rule.freeze)[0])
 
     def step(self, state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, jax.Array]]:
         """Make one optimizer step on micro-batches of equal shapes; `state` is donated."""
@@ -93,7 +107,7 @@ class Updater:
 
 
 def _completion_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-    model, compute = rule.model, cast_params(params, rule.dtype)
+    model, compute = rule.model, adapt_params(params, rule.dtype)
     table = None if batch.vision is None else model.encode_images(compute, batch.vision)
     hidden = model.hidden(compute, batch.text, table)
     states = jnp.take_along_axis(hidden, batch.state_index[..., None], axis=1)
@@ -106,13 +120,11 @@ def _log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> jax.Array
 
 
 def _loss(
-    params: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str, jax.Array]
+    trained: Params, frozen: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The batch's share of the global loss, and sums for the metrics."""
     config = rule.loss
-    frozen = frozen_mask(params, rule.freeze)
-    params = jax.tree.map(lambda value, stop: jax.lax.stop_gradient(value) if stop else value, params, frozen)
-    log_probs, entropy = _completion_log_probs(rule, params, batch)
+    log_probs, entropy = _completion_log_probs(rule, join_params(trained, frozen), batch)
     weights = token_weights(
         batch.loss_mask, batch.nll_mask, counts["policy"], counts["nll"], counts["rows"], config.aggregation
     )
@@ -150,23 +162,29 @@ def update_step(rule: UpdateRule, state: TrainState, batches: TrainBatch) -> tup
         "rows": batches.loss_mask.any(axis=-1).sum().astype(jnp.float32),
         "fresh": (batches.loss_mask & batches.fresh[..., None]).sum().astype(jnp.float32),
     }
+    trained, frozen = split_params(state.params, rule.freeze)
     gradient = jax.grad(_loss, has_aux=True)
 
     def accumulate(total: Params, batch: TrainBatch) -> tuple[Params, dict[str, jax.Array]]:
-        grads, sums = gradient(state.params, rule, batch, counts)
+        grads, sums = gradient(trained, frozen, rule, batch, counts)
         return jax.tree.map(jnp.add, total, grads), sums
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
     grads, sums = jax.lax.scan(accumulate, zeros, batches)
     metrics = {name: values.max() if name.endswith("_max") else values.sum() for name, values in sums.items()}
     metrics["gradient_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(metrics["loss"])
-    updates, opt_state = rule.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(trained, updates), opt_state),
+        (trained, state.opt_state),
     )
     metrics["skipped_update"] = 1.0 - finite.astype(jnp.float32)
-    return TrainState(
-        params, opt_state, state.num_updates + 1, state.num_skipped + (~finite).astype(jnp.int32)
-    ), metrics
+    num_skipped = state.num_skipped + (~finite).astype(jnp.int32)
+    num_updates = state.num_updates + 1
+    average = state.average
+    if rule.average is not None:
+        weight = jnp.where(num_updates % rule.average.every == 0, 1 - rule.average.decay, 0.0)
+        average = jax.tree.map(lambda old, new: old + weight * (new - old), average, trained)
+    return TrainState(join_params(trained, frozen), opt_state, num_updates, num_skipped, average), metrics
