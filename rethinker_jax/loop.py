@@ -207,8 +207,8 @@ def train_step(
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), step, run))
             batches = make_batches(config, system, prompt_of, chosen, start == 0)
-            progress.state, sums = updater.step(progress.state, batches)
-            sums |= {"row_padding_share": padding_share(batches)}
+            progress.state, made = updater.step(progress.state, batches)
+            sums = made | {"row_padding_share": padding_share(batches)}
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))

@@ -214,9 +214,7 @@ def next_batches(
         raise UserError(f"step {step}: none of its {size} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     micro = config.training.micro_batch_size or size
     num_cut = sum(int(row.completion_ids[-1]) != end for row in made)
-    batches = pack_micro_batches(
-        made, system.geometry, config.sft.max_completion_tokens, size, micro, config.buckets
-    )
+    batches = pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro, config.buckets)
     return batches, num_cut / len(made)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ DECAY, EVERY = 0.75, 2
 NUM_SAMPLES = 8
 
 
-def make_config(model: str, weight: float = 0.5) -> Config:
+def make_config(model: Literal["ema", "policy"], weight: float = 0.5) -> Config:
     settings = ConsistencyConfig(weight=weight, model=model, margin=0.0, ema_decay=DECAY, ema_every=EVERY)
     return Config(
         model=ModelConfig(dtype="float32"),

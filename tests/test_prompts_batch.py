@@ -15,7 +15,7 @@ from rethinker_jax.prompts.batch import pack_prompts
 from rethinker_jax.prompts.build import BadPrompt, PromptBuilder
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import ChatTokenizer
-from rethinker_jax.prompts.windows import VisionGeometry
+from rethinker_jax.prompts.windows import VisionGeometry, bucket
 from rethinker_jax.types import Problem
 
 GEOMETRY = VisionGeometry(14, 2, 56)

@@ -1,7 +1,10 @@
-"""Attention, defined once. Softmax in float32; masks are boolean, True where a key may be seen.
+"""Attention, defined once: `attend`. What a query may see is a `Mask`; `attention_kernels.py` has faster ways there.
 
-A row that may see nothing (padding) gets uniform weights, not NaN; nothing reads it.
+Softmax is in float32 everywhere.
 """
+
+import dataclasses
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,51 @@ from jaxtyping import Array, Bool, Float
 MASKED = -1e30
 
 
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which keys a query of the same row may see, told by structure, because kernels want no [seq, seq] array.
+
+    causal    a query sees no key behind it. Static.
+    lengths   int32 [*rows]: rows are padded on the right from there on. None = they are full.
+    segments  int32 [*rows, seq]: a query sees the keys of its own segment; 0 = padding. None = all are of one segment.
+
+    All that is given must hold. Padding is not seen, and what it sees is nobody's business: `real` tells it apart.
+    """
+
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+    lengths: Any = None
+    segments: Any = None
+
+    def real(self, seq: int) -> Bool[Array, "*rows seq"]:
+        """Is there a token; without rows where all are real."""
+        real = jnp.ones(seq, bool)
+        if self.lengths is not None:
+            real = real & (jnp.arange(seq) < self.lengths[..., None])
+        return real if self.segments is None else real & (self.segments > 0)
+
+    def dense(self, seq: int) -> Bool[Array, "*rows queries seq"]:
+        """As a boolean array, True where a key is seen; one query stands for all where they see the same."""
+        seen = self.real(seq)[..., None, :]
+        if self.causal:
+            places = jnp.arange(seq)
+            seen = (places[:, None] >= places[None, :]) & seen
+        if self.segments is not None:
+            seen = (self.segments[..., :, None] == self.segments[..., None, :]) & seen
+        return seen
+
+
 def attend(
     query: Float[Array, "*rows seq heads head_dim"],
     key: Float[Array, "*rows keys kv_heads head_dim"],
     value: Float[Array, "*rows keys kv_heads head_dim"],
-    mask: Bool[Array, "*rows #seq keys"],
+    mask: Bool[Array, "*#rows #seq keys"],
 ) -> Float[Array, "*rows seq heads head_dim"]:
-    """Scaled dot-product attention with grouped heads: query head n reads kv head n // (heads / kv_heads)."""
+    """Scaled dot-product attention with grouped heads: query head n reads kv head n // (heads / kv_heads).
+
+    `mask` is True where a key may be seen. A query that sees nothing gets uniform weights, not NaN.
+    """
     *rows, seq, heads, head_dim = query.shape
     kv_heads = key.shape[-2]
     group = heads // kv_heads

@@ -1,8 +1,18 @@
 """Precision, stated in one place.
 
-float32: everything in float32. bfloat16: weights and activations in bfloat16; norms (with their scales), softmax,
-rotary angles and logits in float32. Parameters that are trained are kept in float32 and cast at the start of each
-forward pass.
+float32: everything in float32.
+
+bfloat16: weights and activations in bfloat16, and with them the operands of every matrix product. In float32 are
+
+    norms             mean, root and scale, rounded once at the end; the scales stay float32 parameters
+    attention         scores as the product gives them, softmax; the weights are rounded before they meet the values
+    rotary            positions, frequencies, angles, and the rotation, rounded once
+    logits            as the product gives them, and all that follows: log-probs, losses, sampling
+    training          parameters, gradients and moments; parameters are cast at the start of each forward pass
+
+That is what the original does in bfloat16, but for four things in which this is tighter: it rounds norms before the
+scale, scores before the softmax, the text's cosines and sines, and logits. Not covered: SiLU and GELU are bfloat16 here
+and there.
 """
 
 from typing import Any

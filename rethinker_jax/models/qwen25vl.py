@@ -9,15 +9,18 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from rethinker_jax.models.attention import attend as plain_attend
+from rethinker_jax.models.attention import Mask
+from rethinker_jax.models.attention_kernels import PLAIN, Attention
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.rope import text_angles
 from rethinker_jax.models.text import Attend, TextDecoder
@@ -47,6 +50,7 @@ class Model:
     layer: nnx.GraphDef
     norm: nnx.GraphDef
     remat: bool = False
+    attention: Attention = PLAIN
 
     def __hash__(self) -> int:
         return hash((self.config, self.remat))  # the graphs follow from the config, and take half a millisecond to hash
@@ -54,7 +58,7 @@ class Model:
     def encode_images(self, params: Params, vision: VisionBatch) -> Float[Array, "merged d_model"]:
         """Merged image tokens, as a table that `image_index` points into."""
         tower: VisionTower = nnx.merge(self.vision, params["vision"])
-        return tower(vision.patches, vision.hw, vision.segment, vision.valid, self.remat)
+        return tower(vision.patches, vision.hw, vision.segment, vision.valid, self.attention, self.remat)
 
     def embed(
         self,
@@ -96,7 +100,7 @@ class Model:
     ) -> Float[Array, "batch seq d_model"]:
         """Final hidden states (before the last norm) of right-padded rows; the teacher-forced pass."""
         x = self.embed(params, text.token_ids, text.image_index, image_table)
-        attend = functools.partial(causal_attend, text.lengths)
+        attend = functools.partial(causal_attend, self.attention, text.lengths)
         return self.run_layers(params["text"]["layers"], x, self.angles(text.positions), attend)[0]
 
     def logits(self, params: Params, hidden: Float[Array, "*rows d_model"]) -> Float[Array, "*rows vocab"]:
@@ -109,18 +113,21 @@ class Model:
 
 
 def causal_attend(
-    lengths: Int[Array, " batch"], query: jax.Array, key: jax.Array, value: jax.Array, cache: Any
+    attention: Attention,
+    lengths: Int[Array, " batch"],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: Any,
 ) -> tuple[jax.Array, Any]:
     """Causal attention inside right-padded rows of `lengths` tokens."""
-    seq = jnp.arange(query.shape[1])
-    mask = (seq[None, :, None] >= seq[None, None, :]) & (seq[None, None, :] < lengths[:, None, None])
-    return plain_attend(query, key, value, mask), cache
+    return attention(query, key, value, Mask(causal=True, lengths=lengths)), cache
 
 
-def define_model(config: QwenConfig, remat: bool = False) -> Model:
+def define_model(config: QwenConfig, remat: bool = False, attention: Attention = PLAIN) -> Model:
     abstract = nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0)))
     parts = abstract.vision, abstract.text.layers, abstract.text.norm
-    return Model(config, *[nnx.graphdef(part) for part in parts], remat)
+    return Model(config, *[nnx.graphdef(part) for part in parts], remat, attention)
 
 
 def param_shapes(config: QwenConfig) -> Params:
@@ -135,19 +142,37 @@ def param_dims(config: QwenConfig) -> Params:
     return nnx.traversals.unflatten_mapping({path: variable.get_metadata()["dims"] for path, variable in flat})
 
 
-def init_params(config: QwenConfig, seed: int) -> Params:
-    """Random float32 parameters. Projections back into the residual stream are scaled down by sqrt(2 · layers)."""
-    params = nnx.to_pure_dict(nnx.state(jax.jit(lambda: Qwen25VL(config, nnx.Rngs(seed)))()))
+def init_params(config: QwenConfig, seed: int, shardings: Params | None = None) -> Params:
+    """Random float32 parameters, the same wherever they lie; with `shardings`, each device draws its own pieces.
 
-    def rescale(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if not name.endswith(("['output']", "['kernel']", "['patch_embedding']")):
-            return value
-        fan_in = value.shape[-2] if "['output']" not in name else value.shape[-3] * value.shape[-2]
-        if "['query']" in name or "['key']" in name or "['value']" in name:
-            fan_in = value.shape[-3]
-        depth = config.vision.depth if "['vision']" in name else config.layers
-        residual = "['output']" in name or "['down']" in name
-        return value / 0.02 * fan_in**-0.5 * ((2 * depth) ** -0.5 if residual else 1.0)
+    Norm scales are 1, biases 0, embeddings of standard deviation 0.02 and all else of fan_in^-1/2; projections back
+    into the residual stream are scaled down by sqrt(2 · layers).
+    """
+    # XLA's CPU backend takes a second to compile one draw of three dimensions, and a fifth of that at its first level.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    draw = jax.jit(_draw_params, static_argnums=0, out_shardings=shardings, compiler_options=options)
+    return draw(config, np.uint32(seed & 0xFFFFFFFF))
 
-    return jax.tree_util.tree_map_with_path(rescale, params)
+
+def _draw_params(config: QwenConfig, seed: jax.Array) -> Params:
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = tuple(step.key for step in path)
+        if names[-1] == "scale" or names[-1].endswith("bias"):
+            return jnp.full(leaf.shape, float(names[-1] == "scale"), jnp.float32)
+        # A parameter's name is half of its key, so that no draw hangs on what else there is.
+        key = jax.random.wrap_key_data(jnp.stack([seed, np.uint32(zlib.crc32("/".join(names).encode()))]))
+        return jax.random.normal(key, leaf.shape, jnp.float32) * _init_std(names, leaf.shape, config)
+
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
+
+
+def _init_std(names: tuple[str, ...], shape: tuple[int, ...], config: QwenConfig) -> float:
+    if names[-1] == "embedding":
+        return 0.02
+    if names[-1] == "output":
+        fan_in = shape[-3] * shape[-2]
+    else:
+        fan_in = shape[-3 if names[-2] in ("query", "key", "value") else -2]
+    depth = config.vision.depth if names[0] == "vision" else config.layers
+    residual = names[-1] == "output" or names[-2] == "down"
+    return fan_in**-0.5 * ((2 * depth) ** -0.5 if residual else 1.0)

@@ -19,6 +19,7 @@ from rethinker_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # batch rows, slots, vision rows
 
+# Words that are not in it (layers, head_dim, rank, patch_dim) stay whole.
 TRAINING_RULES: Mapping[str, str] = {
     "d_model": "fsdp",
     "vision_d_model": "fsdp",

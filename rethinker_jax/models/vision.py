@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from rethinker_jax.models.attention import attend
+from rethinker_jax.models.attention import Mask
+from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.layers import GatedMlp, HeadsLinear, Linear, RMSNorm, make_param
 from rethinker_jax.models.qwen_config import VisionConfig
 from rethinker_jax.models.rope import rotate, vision_angles
@@ -41,26 +42,31 @@ class VisionBlock(nnx.Module):
         segment: Int[Array, "vision_rows windows"],
         valid: Bool[Array, "vision_rows windows patches"],
         full: Bool[Array, ""],
+        attention: Attention,
     ) -> Float[Array, "vision_rows windows patches vision_d_model"]:
         h = self.attention_norm(x)
         qkv = rotate(self.query(h), angles), rotate(self.key(h), angles), self.value(h)
         context = jax.lax.cond(
-            full, functools.partial(_attend_image, segment, valid), functools.partial(_attend_window, valid), qkv
+            full,
+            functools.partial(_attend_image, attention, segment, valid),
+            functools.partial(_attend_window, attention, valid),
+            qkv,
         )
         x = x + jnp.einsum("RWPNH,NHD->RWPD", context, self.output[...]) + self.output_bias[...]
         return x + self.mlp(self.mlp_norm(x))
 
 
-def _attend_window(valid: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    return attend(*qkv, valid[:, :, None, :])
+def _attend_window(attention: Attention, valid: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    return attention(*qkv, Mask(lengths=valid.sum(axis=-1, dtype=jnp.int32)))  # windows are padded at their ends
 
 
-def _attend_image(segment: jax.Array, valid: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+def _attend_image(
+    attention: Attention, segment: jax.Array, valid: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
     rows, windows, patches = valid.shape
-    flat = [x.reshape(rows, windows * patches, *x.shape[3:]) for x in qkv]
-    image = jnp.repeat(segment, patches, axis=1)
-    mask = (image[:, :, None] == image[:, None, :]) & valid.reshape(rows, 1, windows * patches)
-    return attend(flat[0], flat[1], flat[2], mask).reshape(qkv[0].shape)
+    query, key, value = (x.reshape(rows, windows * patches, *x.shape[3:]) for x in qkv)
+    image = jnp.where(valid, segment[:, :, None], 0).reshape(rows, windows * patches)
+    return attention(query, key, value, Mask(segments=image)).reshape(qkv[0].shape)
 
 
 class Merger(nnx.Module):
@@ -92,6 +98,7 @@ class VisionTower(nnx.Module):
         hw: Int[Array, "vision_rows windows patches 2"],
         segment: Int[Array, "vision_rows windows"],
         valid: Bool[Array, "vision_rows windows patches"],
+        attention: Attention,
         remat: bool = False,
     ) -> Float[Array, "merged d_model"]:
         """Encode rows of windows; row r of the result is the r-th merge unit of the flattened layout."""
@@ -101,7 +108,7 @@ class VisionTower(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def block(x: jax.Array, layer: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer[0])(x, angles, segment, valid, layer[1]), None
+            return nnx.merge(graphdef, layer[0])(x, angles, segment, valid, layer[1], attention), None
 
         full = jnp.isin(jnp.arange(self.config.depth), jnp.array(self.config.full_attention_blocks, jnp.int32))
         x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, full))

@@ -72,7 +72,7 @@ def pack_prompts(
     row_multiple: int = 1,
     vision_minimum: tuple[int, int] = (1, 4),
 ) -> PromptBatch:
-    """Pads prompts to one length, of `seq_buckets` if one is enough, and lays their images out; equal objects only once.
+    """Pads prompts to one length, of `seq_buckets` where one is enough, and lays out each distinct image once.
 
     Rows keep their order; rows up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
     Raises ValueError for no prompts, for more of them than `batch_size`, and for image tokens that no image fills.

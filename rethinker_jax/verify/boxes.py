@@ -39,6 +39,16 @@ def parse_boxes(text: str) -> list[tuple[Box, str]] | None:
     return labelled
 
 
+def is_one_box(text: str) -> bool:
+    """Can `[a, b, c, d]` be nothing but a box: of ten pixels and more, or within the unit square; no sequence?"""
+    if not text.startswith("[") or not _BOX.fullmatch(text):
+        return False
+    box = _box(text[1:-1].split(","))
+    x1, y1, x2, y2 = box
+    large = min(x2 - x1, y2 - y1) >= 10 or (max(box) <= 1 and "." in text)
+    return _valid(box) and min(box) >= 0 and large and len({y1 - x1, x2 - y1, y2 - x2}) > 1
+
+
 def _from_json(text: str) -> list[tuple[Box, str]] | None:
     text = text.replace(r"\{", "{").replace(r"\}", "}").replace(r"\_", "_").strip("` \n")
     text = text.removeprefix("json").strip()

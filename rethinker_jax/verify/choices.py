@@ -23,6 +23,8 @@ _SEVERAL = re.compile(
 )
 _LETTERED = re.compile(r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:]?|([A-Z])\s*[.:)])\s*[-–]?\s*(.+)", re.DOTALL)
 _SPACED = re.compile(r"([A-Z])\s+(.+)", re.DOTALL)
+_DENIED = re.compile(r"(?:not|wrong|incorrect)[.!]?$|\bis (?:not|wrong|incorrect|false)\b", re.IGNORECASE)
+_TEXT_FIRST = re.compile(r"(.+?)\s*[(\[]([A-Z])[)\]]", re.DOTALL)
 _OTHER_LETTER = re.compile(
     r"\b(?:or|and|not|nor|/|maybe)\s+\(?[A-Z]\)?(?:\b|$)|[,;/]\s*\(?[A-Z]\)?\s*(?:[.:)]|$)|\([A-Z]\)"
 )
@@ -78,6 +80,7 @@ def chosen_letters(
     `multiple`: the gold has several letters, so `AC` may be two.
     """
     bare = re.sub(r"\s+", " ", plain(answer).replace("*", "")).strip()
+    bare = re.sub(r"^\\\{\s*([A-Z])\s*\\\}$", r"\1", bare)
     bare = _TAIL.sub("", _LEAD.sub("", _IT_IS.sub("", bare))).strip()
     one = _ONE.fullmatch(bare)
     if one and _in_range(one.group(1).upper(), options):
@@ -93,20 +96,20 @@ def chosen_letters(
         if options:
             if _is_option(text, options[ord(letter) - 65], same):
                 return frozenset(letter), "letter_and_text"
-            if _unique_option(bare, options, same) is None:
+            if not any(key(option) == key(bare) for option in options):
                 return None, "letter_text_conflict"
-        elif _OTHER_LETTER.search(text):
+        elif _OTHER_LETTER.search(text) or _DENIED.match(text):
             return None, "hedge"
         else:
             return frozenset(letter), "letter_and_text"
-    match = _SPACED.fullmatch(bare)
-    if (
-        match
-        and options
-        and _in_range(match.group(1), options)
-        and _is_option(match.group(2), options[ord(match.group(1)) - 65], same)
-    ):
-        return frozenset(match.group(1)), "letter_and_text"
+    match = _SPACED.fullmatch(bare) or _TEXT_FIRST.fullmatch(bare)
+    if match and options:
+        letter, text = (match.group(1), match.group(2)) if match.re is _SPACED else (match.group(2), match.group(1))
+        if _in_range(letter, options):
+            if _is_option(text, options[ord(letter) - 65], same):
+                return frozenset(letter), "letter_and_text"
+            if _unique_option(text, options, same) is not None:
+                return None, "letter_text_conflict"
     index = _unique_option(answer, options, same)
     if index is not None:
         return frozenset(chr(65 + index)), "option_text"

@@ -1,33 +1,51 @@
 """`main verify`: lines `{id, response, answer, choices?, type?}` in, `{id, verdict, reward, extracted, rule, ms}` out.
 
 The whole input is checked before anything is judged, so that a malformed line costs nothing; then it streams, a few
-batches in memory at a time, in the order of the input. The output file appears complete or not at all.
+batches in memory at a time, in the order of the input. The output file appears complete or not at all: until then
+verdicts are in `OUTPUT.<digest>.partial`, and a command that finds this file goes on from there. The digest is of the
+input and of the settings that decide.
 """
 
 import collections
-import io
+import contextlib
+import fcntl
+import glob
+import hashlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, get_args
 
+from rich.console import Console
+
+from rethinker_jax import __version__
 from rethinker_jax.config import VerifierConfig
-from rethinker_jax.errors import UserError
-from rethinker_jax.types import Verdict
+from rethinker_jax.console import RunProgress
+from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.stopping import listening
+from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify.pool import JudgeItem, PendingVerdicts, VerifierPool
 
-BATCH = 512
-BATCHES_IN_FLIGHT = 4
+BATCH = 64  # lines that are written together
+BATCH_CHARS = 1_000_000  # of responses; a batch of long ones is smaller
+BATCHES_IN_FLIGHT = 32
 MAX_NAMED_LINES = 20
+SHOW_EVERY_S = 0.5
+DIGEST_CHARS = 16
+
+Row = dict[str, Any]
+Tally = collections.Counter[str]  # verdict name: lines
 
 
 def verify_file(input: Path, output: Path | None, config: VerifierConfig) -> int:
-    """Judges every line and returns how many there were; `output` None writes to stdout.
+    """Judges every line and returns how many there are; `output` None writes to stdout.
 
-    Raises UserError for an input that cannot be read or has malformed lines, all of them counted and the first named.
+    Raises UserError for an input that cannot be read or has malformed lines, all of them counted and the first named,
+    and Stopped, with the verdicts so far kept, where the output is a file and the process is asked to stop.
     """
     try:
         source = input.open("rb")
@@ -37,11 +55,26 @@ def verify_file(input: Path, output: Path | None, config: VerifierConfig) -> int
         ) from error
     with source:
         lines = source if source.seekable() else _spooled(source)
-        _check(lines, str(input))
+        num_lines, digest = _check(lines, str(input))
         lines.seek(0)
         if output is None:
-            return _judge_lines(lines, sys.stdout, config)
-        return _judge_to_file(lines, output, config)
+            shared = sys.stdout.isatty()  # the lines are progress enough
+            console = Console(stderr=True, quiet=shared, force_terminal=False if shared else None)
+            progress = RunProgress(num_lines, title="verify", console=console, unit="line")
+            _judge_rows(_rows(lines), Tally(), sys.stdout.write, progress, config)
+            sys.stdout.flush()
+        else:
+            if output.exists() and (not output.is_file() or output.samefile(input)):
+                raise UserError(f"--output: wanted a file, and not the input, got {str(output)!r}.")
+            path = partial_path(output, digest, config)
+            _judge_to_file(_rows(lines), num_lines, output, path, config)
+    return num_lines
+
+
+def partial_path(output: Path, digest: str, config: VerifierConfig) -> Path:
+    """Where the verdicts on the input with this SHA-256 are until all are there; another file for what may differ."""
+    decides = repr((digest, __version__, config.cpu_limit_s, config.memory_mb))
+    return output.with_name(f"{output.name}.{hashlib.sha256(decides.encode()).hexdigest()[:DIGEST_CHARS]}.partial")
 
 
 def _spooled(source: IO[bytes]) -> IO[bytes]:
@@ -53,20 +86,29 @@ def _spooled(source: IO[bytes]) -> IO[bytes]:
     return spool
 
 
-def _check(lines: IO[bytes], name: str) -> None:
-    problems = []
+def _check(lines: IO[bytes], name: str) -> tuple[int, str]:
+    """The number of lines that hold something, and a digest of them all."""
+    digest, num_lines = hashlib.sha256(), 0
+    named: list[str] = []
+    num_problems = 0
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            problem = line_problem(line)
-            if problem:
-                problems.append((number, problem))
-    if problems:
-        shown = "; ".join(f"line {number}: {problem}" for number, problem in problems[:MAX_NAMED_LINES])
-        more = f"; and {len(problems) - MAX_NAMED_LINES} more" if len(problems) > MAX_NAMED_LINES else ""
+        digest.update(line)
+        if not line.strip():
+            continue
+        num_lines += 1
+        problem = line_problem(line)
+        if problem:
+            num_problems += 1
+            if len(named) < MAX_NAMED_LINES:
+                named.append(f"line {number}: {problem}")
+    if num_problems:
+        more = f"; and {num_problems - len(named)} more" if num_problems > len(named) else ""
         raise UserError(
-            f"{name}: {len(problems)} malformed line(s), nothing was judged. Wanted one JSON object per line with id, "
-            f"response (text) and answer (text), optionally choices (list of texts) and type (text). {shown}{more}."
+            f"{name}: {num_problems} malformed line(s), nothing was judged. Wanted one JSON object per line with id, "
+            f"response (text) and answer (text), optionally choices (list of texts) and type (text). "
+            f"{'; '.join(named)}{more}."
         )
+    return num_lines, digest.hexdigest()
 
 
 def line_problem(line: bytes) -> str:
@@ -80,7 +122,7 @@ def line_problem(line: bytes) -> str:
     missing = [key for key in ("id", "response", "answer") if key not in row]
     if missing:
         return f"missing {', '.join(missing)}"
-    if not isinstance(row["id"], str | int):
+    if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
         return "id is neither text nor an integer"
     if not isinstance(row["response"], str):
         return "response is not text"
@@ -94,66 +136,142 @@ def line_problem(line: bytes) -> str:
     return ""
 
 
-def _judge_to_file(lines: IO[bytes], output: Path, config: VerifierConfig) -> int:
+def _judge_to_file(rows: Iterator[Row], num_lines: int, output: Path, path: Path, config: VerifierConfig) -> None:
+    """Judges the rows whose verdicts are not in `path` yet, and makes that file the output."""
+    with _open_partial(path, output) as partial:
+        tally = _read_kept(partial, path, rows)
+        kept = tally.total()
+        progress = RunProgress(num_lines, kept, title="verify", unit="line")
+        if kept:
+            progress.note(f"{kept} of {num_lines} lines are in {path}; going on from there")
+        try:
+            with listening() as stop:
+
+                def write(text: str) -> None:
+                    with stop.held():
+                        partial.write(text.encode("ascii"))
+                        partial.flush()
+
+                _judge_rows(rows, tally, write, progress, config)
+        except Stopped as stopped:
+            raise Stopped(
+                f"stopped after {tally.total()} of {num_lines} lines; they are in {path}, and the same command "
+                f"goes on from there",
+                stopped.exit_code,
+            ) from stopped
+        os.fsync(partial.fileno())
+        os.replace(path, output)
+
+
+@contextlib.contextmanager
+def _open_partial(path: Path, output: Path) -> Generator[IO[bytes]]:
+    """The file of the verdicts so far, made or found, for this process alone; it goes where nothing came into it."""
+    for other in output.parent.glob(f"{glob.escape(output.name)}.{'[0-9a-f]' * DIGEST_CHARS}.partial"):
+        if other != path:
+            raise UserError(
+                f"--output: {other} holds the beginning of this output for another input, other values of "
+                f"verifier.cpu_limit_s and verifier.memory_mb, or another version of this program. Finish it with what "
+                f"it was begun with, or delete it to begin again."
+            )
     try:
-        descriptor, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("r+b" if path.exists() else "w+b")
     except OSError as error:
-        raise UserError(f"--output: cannot write in {str(output.parent)!r} ({error.strerror}).") from error
-    partial = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            count = _judge_lines(lines, handle, config)
-        partial.chmod(0o666 & ~_umask())
-        os.replace(partial, output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return count
+        raise UserError(f"--output: cannot write {str(path)!r} ({error.strerror}).") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, so a killed one leaves none
+        except BlockingIOError as error:
+            raise UserError(f"--output: another process is writing {path}. Wait for it, or end it.") from error
+        try:
+            yield file
+        except BaseException:
+            if not path.stat().st_size:
+                path.unlink()
+            raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[Row]) -> Tally:
+    """Counts the verdicts that are there, takes their rows off `rows`, and cuts off a last line that is torn."""
+    tally, end = Tally(), 0
+    for number, line in enumerate(partial, 1):
+        if not line.endswith(b"\n"):
+            break
+        row = next(rows, None)
+        try:
+            kept = json.loads(line)
+            fits = row is not None and kept["id"] == row["id"] and kept["verdict"] in get_args(VerdictName)
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise UserError(
+                f"--output: line {number} of {path} is not the verdict on line {number} of the input. Somebody "
+                f"else wrote into this file; delete it to begin again."
+            )
+        tally[kept["verdict"]] += 1
+        end += len(line)
+    partial.truncate(end)
+    partial.seek(end)
+    return tally
 
 
-def _judge_lines(lines: IO[bytes], sink: io.TextIOBase | TextIO, config: VerifierConfig) -> int:
-    count = 0
+def _judge_rows(
+    rows: Iterator[Row], tally: Tally, write: Callable[[str], object], progress: RunProgress, config: VerifierConfig
+) -> None:
     waiting: collections.deque[tuple[list[str | int], PendingVerdicts]] = collections.deque()
-    with VerifierPool(config) as pool:
-        for rows in _batches(lines):
-            waiting.append(([row["id"] for row in rows], pool.submit([_item(row) for row in rows])))
+    shown = 0.0
+
+    def finish(ids: list[str | int], pending: PendingVerdicts) -> None:
+        nonlocal shown
+        verdicts = pending.result()
+        if not shown and len(ids) == BATCH:  # the pace counts from here: starting the workers took its time
+            shown = time.monotonic()
+            progress.update(tally.total(), {})
+        tally.update(verdict.verdict for verdict in verdicts)
+        write("".join(map(_line, ids, verdicts)))
+        if shown and time.monotonic() - shown >= SHOW_EVERY_S:
+            shown = time.monotonic()
+            failed = {name: float(tally[name]) for name in ("timeout", "crash", "bad_gold") if tally[name]}
+            progress.update(tally.total(), {"accuracy": tally["correct"] / tally.total(), **failed})
+
+    with progress, VerifierPool(config) as pool:
+        for batch in _batches(rows):
+            waiting.append(([row["id"] for row in batch], pool.submit([_item(row) for row in batch])))
             if len(waiting) >= BATCHES_IN_FLIGHT:
-                count += _write(sink, *waiting.popleft())
+                finish(*waiting.popleft())
         while waiting:
-            count += _write(sink, *waiting.popleft())
-    sink.flush()
-    return count
+            finish(*waiting.popleft())
+        counts = ", ".join(f"{tally[name]} {name}" for name in get_args(VerdictName) if tally[name])
+        progress.note(f"{tally.total()} lines: {counts}" if tally else "no lines")
 
 
-def _batches(lines: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
-    batch = []
-    for line in lines:
-        if line.strip():
-            batch.append(json.loads(line))
-        if len(batch) == BATCH:
+def _rows(lines: IO[bytes]) -> Iterator[Row]:
+    return (json.loads(line) for line in lines if line.strip())
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    chars = 0
+    for row in rows:
+        batch.append(row)
+        chars += len(row["response"])
+        if len(batch) == BATCH or chars >= BATCH_CHARS:
             yield batch
-            batch = []
+            batch, chars = [], 0
     if batch:
         yield batch
 
 
-def _item(row: dict[str, Any]) -> JudgeItem:
+def _item(row: Row) -> JudgeItem:
     return JudgeItem(row["response"], str(row["answer"]), tuple(row.get("choices") or ()), row.get("type") or "auto")
 
 
-def _write(sink: io.TextIOBase | TextIO, ids: list[str | int], pending: PendingVerdicts) -> int:
-    for identity, verdict in zip(ids, pending.result(), strict=True):
-        sink.write(json.dumps(_record(identity, verdict), ensure_ascii=False) + "\n")
-    return len(ids)
+def _line(identity: str | int, verdict: Verdict) -> str:
+    """One line of output, in ASCII: answers may hold halves of characters, which no file could."""
+    return json.dumps(_record(identity, verdict)) + "\n"
 
 
-def _record(identity: str | int, verdict: Verdict) -> dict[str, Any]:
+def _record(identity: str | int, verdict: Verdict) -> Row:
     return {
         "id": identity,
         "verdict": verdict.verdict,

@@ -1,8 +1,9 @@
 r"""The final answer of a response: its last complete, non-empty `\boxed{}`.
 
-Boxes with nothing but separators between them are one list answer (`\boxed{2} and \boxed{-2}`), so that listing every
-option cannot be read as choosing the last one. Text outside the box never counts. Without any box the last non-empty
-`<answer>...</answer>` is taken, and the rule says so. One pass over the text: linear in its length.
+Boxes with nothing but separators or a name between them (`\boxed{2} and \boxed{-2}`, `\boxed{2}, y=\boxed{3}`) are
+one list answer, so that listing every option cannot be read as choosing the last one. Text outside the box never
+counts. Without any box the last non-empty `<answer>...</answer>` is taken, and the rule says so. One pass over the
+text: linear in its length.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Extraction:
 _TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\[\\{}](?!boxed|fbox)|[{}]")
 _BETWEEN = re.compile(
     r"(?:\s|[$,;.&/|*_]|\\[()\[\],;:!]|\\quad|\\qquad|\\text\s*\{\s*(?:and|or)\s*\}|\\(?:lor|land|vee|wedge|cup)\b|~"
-    r"|\b(?:and|or|also)\b)*",
+    r"|\b(?:and|or|also)\b|\b[a-zA-Z](?:_\{?\w\}?)?\s*=)*",
     re.IGNORECASE,
 )
 _NOTHING = re.compile(r"(?:\s|[${}~]|\\[,;:!() ]|\\(?:text|mathrm|mathbf|textbf|quad|qquad)\b|\\hspace\{[^{}]*\})*")
@@ -51,11 +52,14 @@ def _complete_boxes(text: str) -> list[tuple[int, int, str]]:
 
     An opening that never closes stays on the stack and does not disturb the boxes after it.
     """
-    if "boxed" not in text and "fbox" not in text:
+    places = [place for place in (text.find("boxed"), text.find("fbox")) if place >= 0]
+    if not places:
         return []
+    # A box's end depends on nothing before it, so the reasoning is not looked at; a run of backslashes is not split.
+    first = len(text[: min(places)].rstrip("\\"))
     stack: list[tuple[int, int, bool]] = []  # (start of the token, start of the content, is a box)
     found: list[tuple[int, int, str]] = []
-    for token in _TOKEN.finditer(text):
+    for token in _TOKEN.finditer(text, first):
         word = token.group()
         if word == "}":
             if not stack:

@@ -26,6 +26,8 @@ _FACTORIAL = re.compile(r"(\S?)\s*!")
 _NUMBER_FACTORIAL = re.compile(r"(\d+)\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
 _OPERATOR = re.compile(r"[-+*/^=<>&]|\\(?:cdot|times|div|frac|sqrt|pm|cup|cap)")
+_CHAIN = re.compile(rf"(?:\\[a-zA-Z]+\s*){{{MAX_NESTING},}}")  # \sin\sin\sin...: every command takes the next
+_SYMBOLIC_BASE = re.compile(r"[a-zA-Z)}\]]\s*$")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 
 
@@ -33,7 +35,7 @@ def refusal(text: str) -> str | None:
     """The name of the guard that keeps `text` away from algebra, or None when it may pass."""
     if len(text) > MAX_CHARS:
         return "length"
-    if _nesting(text) > MAX_NESTING:
+    if _nesting(text) > MAX_NESTING or text.count("|") > MAX_NESTING or _CHAIN.search(text):
         return "nesting"
     if _DIGITS.search(text):
         return "digits"
@@ -77,9 +79,7 @@ def _powers(text: str) -> str | None:
             return "tower"
         if "!" in exponent:
             return "tower"
-        symbolic = bool(_LETTER.search(text[: match.start()])) or text[: match.start()].rstrip().endswith(
-            (")", "}", "]")
-        )
+        symbolic = bool(_SYMBOLIC_BASE.search(text[: match.start()]))
         if largest > (MAX_SYMBOLIC_EXPONENT if symbolic else MAX_EXPONENT):
             return "exponent"
         before = re.search(r"(\d+)\s*$", text[: match.start()])

@@ -8,8 +8,10 @@ What counts as correct:
  * A unit may be missing on one side. Another unit is wrong unless the converted value agrees; another dimension is.
  * 25% is 0.25. The sign may be missing on one side, but 0.25 is not 0.25%.
  * Options: the letter, the letter with its own text, the text or value of exactly one option. Naming two is wrong.
+ * Expressions are equal where the gold has a value. `\log` without a base is natural where the gold writes `\ln`.
  * Text: case, articles and punctuation are free; any other word counts. No fuzzy matching.
- * `( )` is ordered, `{ }` and comma lists are not. Boxes: as many as the gold has, each with IoU ≥ 0.5.
+ * `( )` is ordered, `{ }` and comma lists are not. Boxes: as many as the gold has, each with IoU ≥ 0.5; a gold of
+   four numbers in brackets that can only be a box is one without a `type`.
  * A gold that is empty or cannot be compared is `bad_gold`, whatever the response says.
 
 Pure: it reads no clock but to report milliseconds. It may run long on hostile text: that is what the pool is for.
@@ -87,7 +89,7 @@ def read_gold(answer: str, choices: tuple[str, ...] = (), type: str = "auto") ->
     text = clean(unboxed if unboxed is not None else answer)
     if not key(text):
         return Gold(kind, "", problem="empty")
-    if kind == "bbox" or (kind == "auto" and "bbox" in answer):
+    if kind == "bbox" or (kind == "auto" and not choices and ("bbox" in answer or boxes.is_one_box(text))):
         return Gold("bbox", answer, problem="" if boxes.parse_boxes(answer) else "invalid_box")
     if kind == "mcq" or (kind == "auto" and choices):
         return _read_choice(text, choices, strict=kind == "mcq")

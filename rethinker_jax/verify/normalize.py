@@ -22,7 +22,7 @@ _SYMBOLS = {
     "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ",
     "ω": r"\omega ", "Δ": r"\Delta ", "º": "°", "˚": "°", "掳": "°", "∘": "°", "’": "'", "‘": "'", "“": '"',
     "”": '"', "′": "'", "″": '"', "，": ",", "：": ":", "；": ";", "（": "(", "）": ")", "％": "%", "⁄": "/",
-    "∶": ":", "µ": "μ",
+    "∶": ":", "µ": "μ", "ℝ": r"\mathbb{R}",
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 # Control characters that a JSON or Python reader made of a LaTeX command's first letters.
@@ -34,7 +34,8 @@ _DAMAGE = [
     (re.compile("\x0b"), " "),
 ]
 _DROPPED = re.compile(
-    r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|displaystyle|textstyle|limits|nolimits|mathstrut|strut|,|!|;|:)(?![a-zA-Z])"
+    r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|displaystyle|textstyle|limits|nolimits|mathstrut|strut"
+    r"|mathbin|mathrel|mathord|mathop|mathopen|mathclose)(?![a-zA-Z])|\\[,!;:]"
 )
 _SPACES = re.compile(r"(?:(?<!\\)\\(?:quad|qquad|enspace|thinspace| )(?![a-zA-Z])|~|(?<!\\)\\\s|\\hspace\s*\{[^{}]*\})")
 _COLOR = re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*|\\color\s*(?:\{[^{}]*\}|[a-z]+)\s*")
@@ -43,8 +44,13 @@ _FONT = re.compile(
     r"|mbox|hbox|emph|underline|rm|it|text|ensuremath|boxed|fbox)(?![a-zA-Z])\s*"
 )
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "arcsin", "arccos", "arctan", "lg"}
+_RELATIONS = {"leq": r"\le", "geq": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">"}
 _DEGREE = re.compile(
     r"\^\s*\{?\s*(?:\\circ|\\degree|°|o(?=\s*\}))\s*\}?|\\(?:degree|circ|textdegree)(?![a-zA-Z])|\{degrees?\}|Â°"
+)
+# The command before a unit lost, as in `8\sqrt{3}{squareinches}`; short words may be a denominator's letters.
+_LOST_TEXT = re.compile(
+    r"(?:(?<=[\d})])|(?<=\\pi))(?<!array\})\s*\{\s*(square|sq|cubic)?\s*([a-z]{4,}|cm|mm|km|ft|min|sec|deg)\s*\}"
 )
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _MATH_ENDS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'))
@@ -62,6 +68,7 @@ def clean(text: str) -> str:
     text = text.replace("**", "^") if re.search(r"[\w)]\s*\*\*\s*[-\w(]", text) else text
     text = strip_math(text)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace(r"\cfrac", r"\frac")
+    text = re.sub(r"\\math(?:bin|rel|ord|punct)\s*(\{[:,]\})", r"\1", text)
     text = text.replace(r"\%", "%").replace(r"\$", "$").replace("{,}", ",").replace("{:}", ":").replace(r"\colon", ":")
     text = text.replace(r"\langle", "(").replace(r"\rangle", ")")
     text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace(r"\varnothing", r"\emptyset")
@@ -70,6 +77,7 @@ def clean(text: str) -> str:
         .replace(r"\geqslant", r"\ge ")
         .replace(r"\dots", "...")
         .replace(r"\ldots", "...")
+        .replace(r"\cdots", "...")
     )
     text = re.sub(r"(?<=\d)\\[,;! ]+(?=\d{3}(?!\d))", ",", text)  # a thin space between thousands
     text = (
@@ -82,13 +90,14 @@ def clean(text: str) -> str:
     text = _SPACES.sub(" ", text)
     text = _COLOR.sub("", text)
     text = _DEGREE.sub("°", text)
-    text = re.sub(r"(?<=[\d})])\s*\{\s*(square|sq|cubic)?\s*([a-z]{2,})\s*\}", r"\\text{\1 \2}", text)  # a lost \text
+    text = _LOST_TEXT.sub(r"\\text{\1 \2}", text)
     text = _fonts(text)
+    text = re.sub(r"\\text\s*\{\s*([kMGm])\s*\}\s*(?=\\Omega)", r"\1", text)  # one unit, set in two fonts
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\(leq|geq|neq)(?![a-zA-Z])", lambda m: "\\" + m.group(1)[:2], text)
+    text = re.sub(r"\\(leq|geq|neq|lt|gt)(?![a-zA-Z])", lambda m: _RELATIONS[m.group(1)], text)
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return _strip_ends(text)
@@ -204,17 +213,23 @@ def key(text: str) -> str:
 
 _NAME = re.compile(
     r"(?:(?:the|length|of|value|its|total|an?|side|line|segment)\s+)*"
-    r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?|\\(?:angle|triangle|overline|widehat|arc|measuredangle|overrightarrow|vec|hat|bar)\s*\{?[A-Za-z]+\d?\}?"
-    r"|m\s*\\angle\s*\{?[A-Z]+\d?\}?|[A-Za-z][\w' ]{0,40}|\\?[A-Za-z]+\s*\([A-Za-z]\)|[A-Z]{2,3})\s*(?:is)?"
+    r"(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?"
+    r"|\\(?:angle|triangle|overline|widehat|arc|measuredangle|overrightarrow|vec|hat|bar)\s*\{?[A-Za-z ]*\d?\}?"
+    r"|m\s*\\angle\s*\{?[A-Z]*\d?\}?|[A-Za-z][\w' ]{0,40}|\\?[A-Za-z]+\s*\([A-Za-z]\)|[A-Z]{2,3})\s*(?:is)?"
 )
+_LABEL = re.compile(r"\s*([A-Za-z]{3,}(?: [A-Za-z]+){0,3})\s*:\s*(?=\S)")
 _EQUALS = re.compile(r"(?<![<>!:=\\])\s*(?:=|\\approx(?![a-zA-Z])|\\colon=|:=)\s*(?!=)")
 
 
 def split_name(text: str) -> tuple[str, str]:
     """(`name`, `value`) of `name = value`; the name is "" where there is none or it is not a name.
 
-    Only words, a variable, a segment, an angle or `f(x)` count as a name: `2x+z = 1` is an equation, not a value.
+    Only words, a variable, a segment, an angle or `f(x)` count as a name: `2x+z = 1` is an equation, not a value. Words
+    may end in a colon, and one letter may stand on the right (`12 = x`).
     """
+    labelled = _LABEL.match(text)
+    if labelled:
+        return labelled.group(1), text[labelled.end() :]
     parts = _EQUALS.split(text, maxsplit=1)
     if len(parts) != 2:
         return "", text
@@ -223,4 +238,6 @@ def split_name(text: str) -> tuple[str, str]:
         return "", text
     if name == "" or (_NAME.fullmatch(name) and not re.fullmatch(r"[a-z]{2}", name)):
         return name, parts[1].strip()
+    if re.fullmatch(r"[a-zA-Z]", value) and not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", name):
+        return value, parts[0].strip()
     return "", text

@@ -37,6 +37,7 @@ _MIXED = re.compile(
     r"([+-]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(?: |-|\+|and)\s*(\d+)\s*/\s*(\d+))"
 )
 _REPEATING = re.compile(r"([+-]?)\s*(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
+_DOTTED = re.compile(r"([+-]?)\s*(\d*)\.(\d*?)(?:(\d)\4{2,}|(\d\d+?)\5+)\s*\.\.\.")  # 0.1666..., 0.2727...
 _NUMERIC_START = re.compile(r"[-+(]*\s*(?:\d|\.\d|\\frac)")
 
 _ONE_WORDS = (
@@ -46,6 +47,11 @@ _ONE_WORDS = (
 _TEN_WORDS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _ONES = {word: value for value, word in enumerate(_ONE_WORDS)}
 _TENS = {word: 10 * value for value, word in enumerate(_TEN_WORDS, 2)}
+_PARTS = {"half": 2, "halves": 2, "quarter": 4, "quarters": 4} | {
+    name + plural: size
+    for size, name in enumerate(("third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"), 3)
+    for plural in ("", "s")
+}
 _SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SCALED = re.compile(rf"([-+\d.,\s]+)({'|'.join(_SCALES)})")
 NUMBER_WORDS = {*_ONES, *_TENS, *_SCALES, "hundred"}
@@ -148,31 +154,46 @@ def _mixed(text: str) -> Number | None:
 
 
 def _repeating(text: str) -> Number | None:
-    match = _REPEATING.fullmatch(text)
+    match = _REPEATING.fullmatch(text) or _DOTTED.fullmatch(text)
     if not match:
         return None
-    sign, whole, fixed, cycle = match.groups()
+    sign, whole, fixed, *cycles = match.groups()
+    cycle = next(c for c in cycles if c)
     value = Fraction(int((whole + fixed) or "0"), 10 ** len(fixed))
     value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed))
     return Number(_sign(sign) * value)
 
 
 def parse_words(text: str) -> Number | None:
-    """`twenty-one`, `three hundred and five`, `minus two`, `a dozen`, `one half` as a number."""
+    """`twenty-one`, `three hundred and five`, `minus two`, `a dozen`, `minus 3`, `two and a half` as a number."""
     words = re.sub(r"[-,]", " ", plain(text).lower()).split()
     if not words or len(words) > 16:
         return None
     sign = 1
     if words[0] in ("minus", "negative"):
         sign, words = -1, words[1:]
+        if len(words) == 1 and (match := _DECIMAL.fullmatch(words[0])) and not match.group(1):
+            number = _plain_decimal(match.group(2))
+            return dataclasses.replace(number, value=-number.value)
     if words in (["a", "dozen"], ["dozen"], ["one", "dozen"]):
         return Number(Fraction(12 * sign))
-    if words in (["half"], ["one", "half"], ["a", "half"]):
-        return Number(Fraction(sign, 2))
-    if words in (["one", "third"], ["a", "third"], ["one", "quarter"], ["a", "quarter"]):
-        return Number(Fraction(sign, 3 if words[1] == "third" else 4))
     value = _cardinal(words)
+    if value is None:
+        value = _fraction_words(words)
     return None if value is None else Number(Fraction(sign * value))
+
+
+def _fraction_words(words: list[str]) -> Fraction | None:
+    """`half`, `three quarters`, `two and a half`."""
+    if not words or words[-1] not in _PARTS:
+        return None
+    head = words[:-1]
+    whole: int | None = 0
+    if "and" in head:
+        place = len(head) - 1 - head[::-1].index("and")
+        whole, head = _cardinal(head[:place]), head[place + 1 :]
+    count = 1 if head in ([], ["a"]) else _cardinal(head)
+    return None if whole is None or count is None else whole + Fraction(count, _PARTS[words[-1]])
 
 
 def _cardinal(words: list[str]) -> int | None:
@@ -210,7 +231,7 @@ def same_number(gold: Number, answer: Number) -> str | None:
     if gold.value == answer.value:
         return "equal"
     difference = abs(gold.value - answer.value)
-    if difference * 100 > abs(gold.value):
+    if difference * 50 > abs(gold.value):
         return None
     if gold.decimals is not None and gold.value.denominator != 1:
         if difference * 2 <= Fraction(10) ** -gold.decimals:

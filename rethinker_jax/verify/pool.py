@@ -1,18 +1,21 @@
 """The verifier's pool: many responses in, verdicts out in the same order, and nothing hangs or is lost.
 
 One thread per worker process feeds it small chunks and waits for each reply under the item's wall-clock deadline, which
-starts when the worker turns to the item. Past the deadline the worker is killed and the item is `timeout`. The item at
-which a worker dies is tried once more, then it is `crash`. Everything else in the chunk goes back to the queue. Answers
-are extracted here (linear in the text), so equal answers to a problem are judged once.
+starts when the worker turns to the item. An item at which a worker dies is tried again, and is `crash` only where
+workers keep dying at it. Everything else in the chunk goes back to the queue. Answers are extracted here (linear in the
+text), so equal answers to a problem are judged once.
 
-What decides should not depend on the machine's load: the CPU limit counts as `timeout` with rule `cpu_limit` and is
-remembered; a wall-clock timeout (rule `deadline`) and a crash never are.
+What decides should not depend on the machine's load: CPU time counts as `timeout` with rule `cpu_limit` and is
+remembered. A worker that waits for a core is waited for. One that is stuck past the deadline (stopped, swapped out) is
+killed and its item tried once more, then it is `timeout` with rule `deadline`; that and a crash are never remembered.
 """
 
 import atexit
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -20,29 +23,51 @@ from typing import Any
 
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.errors import UserError
-from rethinker_jax.types import Verdict
+from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify.extract import extract
 from rethinker_jax.verify.guards import MAX_TEXT_CHARS
 from rethinker_jax.verify.judge import JudgeItem, resolve_type
-from rethinker_jax.verify.process import DeadlinePassed, WorkerGone, WorkerProcess
+from rethinker_jax.verify.process import CpuLimitPassed, DeadlinePassed, WorkerGone, WorkerProcess
 from rethinker_jax.verify.worker import CPU_LIMIT
 
 __all__ = ["JudgeItem", "PendingVerdicts", "VerifierPool"]
 
-CACHE_SIZE = 200_000
+CACHE_SIZE = 8_192  # verdicts of about 400 bytes: two steps of training
 CHUNK = 32
-MAX_ATTEMPTS = 2
-MAX_FAILED_STARTS = 3
+MAX_DEATHS = 3  # of workers at one item, or of starting workers in a row
+MAX_KILLS = 20  # the same where somebody else killed them
+CPU_GRACE_S = 0.25  # in which the worker itself says that an item met its CPU limit
 DEADLINE = "deadline"
 
-Key = tuple[str, str, tuple[str, ...], str | None, str]
+Key = tuple[str, str, tuple[str, ...], str | None, str]  # type, gold, choices, extracted answer, how it was extracted
+
+
+@dataclasses.dataclass
+class _Deaths:
+    """How often a worker was lost at one thing. Being killed says little about that thing, so more of it is borne."""
+
+    own: int = 0
+    kills: int = 0
+
+    def add(self, killed: bool) -> bool:
+        """Counts one more; returns whether that is enough."""
+        self.kills += killed
+        self.own += not killed
+        return self.own >= MAX_DEATHS or self.kills >= MAX_KILLS
 
 
 @dataclasses.dataclass(eq=False)
 class _Task:
     key: Key
+    digest: bytes
     waiting: list[concurrent.futures.Future[Verdict]]
-    attempts: int = 0
+    deaths: _Deaths = dataclasses.field(default_factory=_Deaths)
+    stalled: bool = False
+
+
+def _digest(key: Key) -> bytes:
+    """What the cache knows a key by: answers and golds may be long, and its memory is bounded."""
+    return hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
 
 
 class PendingVerdicts:
@@ -69,7 +94,7 @@ class VerifierPool:
     """A context manager over `config.num_workers` persistent processes. Thread-safe.
 
     `counts` holds how many verdicts of each name were given, and `items`, `cache_hits`, `judged`, `cpu_timeouts`,
-    `wall_timeouts`, `retries`, `restarts`.
+    `cpu_kills` (of these, by the parent), `wall_timeouts`, `retries`, `restarts`.
     """
 
     def __init__(self, config: VerifierConfig):
@@ -77,12 +102,12 @@ class VerifierPool:
         self._counts: collections.Counter[str] = collections.Counter()
         self._lock = threading.Condition()
         self._queue: collections.deque[_Task] = collections.deque()
-        self._open_tasks: dict[Key, _Task] = {}
-        self._cache: collections.OrderedDict[Key, Verdict] = collections.OrderedDict()
+        self._open_tasks: dict[bytes, _Task] = {}
+        self._cache: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
         self._workers: dict[int, WorkerProcess] = {}
         self._closed = False
-        self._failed_starts = 0
-        self._failure: UserError | None = None
+        self._failed_starts = _Deaths()
+        self._failure: UserError | RuntimeError | None = None
         self._threads = [
             threading.Thread(target=self._run, args=(slot,), name=f"verifier-{slot}", daemon=True)
             for slot in range(config.num_workers)
@@ -113,41 +138,33 @@ class VerifierPool:
 
     def submit(self, items: Sequence[JudgeItem]) -> PendingVerdicts:
         """Queues the items and returns at once; they are judged while the caller does something else."""
-        keys = []
-        for item in items:
-            found = extract(item.response)
-            text = (
-                found.text
-                if found.text is None or len(found.text) <= MAX_TEXT_CHARS
-                else found.text[: MAX_TEXT_CHARS + 1]
-            )
-            keys.append((resolve_type(item.type), item.answer, tuple(item.choices), text, found.rule))
+        keys = [_key(item) for item in items]
+        digests = [_digest(key) for key in keys]
         futures = []
         with self._lock:
             if self._closed:
                 raise RuntimeError("the verifier pool is closed")
-            for key in keys:
-                futures.append(self._enqueue(key))
+            for key, digest in zip(keys, digests, strict=True):
+                futures.append(self._enqueue(key, digest))
             self._lock.notify_all()
         return PendingVerdicts(futures)
 
-    def _enqueue(self, key: Key) -> concurrent.futures.Future[Verdict]:
+    def _enqueue(self, key: Key, digest: bytes) -> concurrent.futures.Future[Verdict]:
         future: concurrent.futures.Future[Verdict] = concurrent.futures.Future()
         self._counts["items"] += 1
-        known = self._cache.get(key)
+        known = self._cache.get(digest)
         if known is not None:
-            self._cache.move_to_end(key)
+            self._cache.move_to_end(digest)
             self._counts["cache_hits"] += 1
             self._counts[known.verdict] += 1
-            future.set_result(known)
-        elif key in self._open_tasks:
+            future.set_result(dataclasses.replace(known, extracted=key[3]))
+        elif digest in self._open_tasks:
             self._counts["cache_hits"] += 1
-            self._open_tasks[key].waiting.append(future)
+            self._open_tasks[digest].waiting.append(future)
         elif self._failure is not None:
             future.set_exception(self._failure)
         else:
-            task = _Task(key, [future])
-            self._open_tasks[key] = task
+            task = self._open_tasks[digest] = _Task(key, digest, [future])
             self._queue.append(task)
         return future
 
@@ -193,6 +210,8 @@ class VerifierPool:
         finally:
             if worker is not None:
                 self._stop(slot, worker)
+            # Nothing but closing and giving up ends a thread. If a defect of ours did, nobody is to wait for ever.
+            self._give_up(RuntimeError("a thread of the verifier pool ended; its traceback is on standard error"))
 
     def _next_chunk(self, start_early: bool) -> list[_Task] | None:
         """The tasks to do next, taken off the queue; [] = start a process before there is work; None = closed."""
@@ -211,31 +230,46 @@ class VerifierPool:
                 self._lock.notify_all()
 
     def _start(self, slot: int) -> WorkerProcess | None:
-        """A process that listens, or None; after three failures in a row the pool gives up with the reason."""
-        worker = WorkerProcess(self.config)
+        """A process that listens, or None; after some failures in a row the pool gives up with the reason."""
+        try:
+            worker = WorkerProcess(self.config)
+        except OSError as error:  # no memory, processes, files or space in the temporary folder left
+            self._note_failed_start(str(error), killed=False)
+            return None
         with self._lock:
             if self._closed:
                 worker.kill()
             self._workers[slot] = worker
         try:
             worker.wait_ready()
-        except (WorkerGone, DeadlinePassed):
-            reason = worker.error_tail()
+        except (WorkerGone, DeadlinePassed) as loss:
+            self._note_failed_start(worker.error_tail(), isinstance(loss, WorkerGone) and worker.was_killed())
             self._stop(slot, worker)
-            with self._lock:
-                self._failed_starts += 1
-                if self._failed_starts >= MAX_FAILED_STARTS and not self._closed:
-                    self._failure = UserError(
-                        f"the verifier's worker process does not start ({MAX_FAILED_STARTS} attempts). Its last words: "
-                        f"{reason or 'none'}. Check that math-verify is installed and verifier.memory_mb "
-                        f"(now {self.config.memory_mb}) is at least 512."
-                    )
-                    self._fail_all(self._failure)
-                    self._lock.notify_all()
             return None
         with self._lock:
-            self._failed_starts = 0
+            self._failed_starts = _Deaths()
         return worker
+
+    def _note_failed_start(self, reason: str, killed: bool) -> None:
+        with self._lock:
+            enough = self._failed_starts.add(killed)
+            tries = self._failed_starts.own + self._failed_starts.kills
+        if enough:
+            self._give_up(
+                UserError(
+                    f"the verifier's worker process does not start ({tries} attempts). Its last words: "
+                    f"{reason or 'none'}. Check that math-verify is installed and verifier.memory_mb "
+                    f"(now {self.config.memory_mb}) is at least 512."
+                )
+            )
+
+    def _give_up(self, failure: UserError | RuntimeError) -> None:
+        """Gives every item, pending or still to come, the error; unless the pool is closed or has given up before."""
+        with self._lock:
+            if not self._closed and self._failure is None:
+                self._failure = failure
+                self._fail_all(failure)
+                self._lock.notify_all()
 
     def _stop(self, slot: int, worker: WorkerProcess) -> None:
         with self._lock:
@@ -251,60 +285,60 @@ class VerifierPool:
                 {"n": number, "extracted": extracted, "rule": rule, "answer": answer, "choices": choices, "type": kind}
             )
         for number, task in enumerate(chunk):
-            cpu_before = worker.cpu_seconds() if number == 0 else None
             try:
-                reply = worker.read_line(self.config.deadline_s)
-            except DeadlinePassed:
-                self._settle_timeout(worker, task, cpu_before)
+                reply = worker.read_reply(self.config.deadline_s, self.config.cpu_limit_s + CPU_GRACE_S)
+            except (CpuLimitPassed, DeadlinePassed, WorkerGone) as loss:
                 self._give_back(chunk[number + 1 :])
-                return False
-            except WorkerGone:
-                self._retry_or_crash(task)
-                self._give_back(chunk[number + 1 :])
+                self._settle_loss(worker, task, loss)
                 return False
             assert reply["n"] == number, f"worker answered item {reply['n']} where {number} was due"
-            self._settle(
-                task,
-                Verdict(
-                    reply["verdict"], float(reply["verdict"] == "correct"), task.key[3], reply["rule"], reply["ms"]
-                ),
-            )
+            self._settle(task, reply["verdict"], reply["rule"], reply["ms"])
             if reply["last"]:
                 self._give_back(chunk[number + 1 :])
                 return False
         return True
 
-    def _settle_timeout(self, worker: WorkerProcess, task: _Task, cpu_before: float | None) -> None:
-        """Past the deadline: the CPU limit where the process burned it without returning to Python, else the clock."""
-        cpu_after = worker.cpu_seconds()
-        burned = cpu_before is not None and cpu_after is not None and cpu_after - cpu_before >= self.config.cpu_limit_s
-        rule = CPU_LIMIT if burned else DEADLINE
-        self._settle(task, Verdict("timeout", 0.0, task.key[3], rule, self.config.deadline_s * 1000))
-
-    def _retry_or_crash(self, task: _Task) -> None:
-        task.attempts += 1
-        if task.attempts < MAX_ATTEMPTS:
+    def _settle_loss(self, worker: WorkerProcess, task: _Task, loss: Exception) -> None:
+        """The worker is lost at this task: a verdict if that is the task's fault, else another try."""
+        deadline_ms = self.config.deadline_s * 1000
+        if isinstance(loss, CpuLimitPassed):
+            with self._lock:
+                self._counts["cpu_kills"] += 1
+            self._settle(task, "timeout", CPU_LIMIT, deadline_ms)
+        elif isinstance(loss, DeadlinePassed) and task.stalled:
+            self._settle(task, "timeout", DEADLINE, deadline_ms)
+        elif isinstance(loss, WorkerGone) and task.deaths.add(worker.was_killed()):
+            self._settle(task, "crash", "worker_died", 0.0)
+        else:
+            task.stalled = isinstance(loss, DeadlinePassed)
             with self._lock:
                 self._counts["retries"] += 1
             self._give_back([task])
-        else:
-            self._settle(task, Verdict("crash", 0.0, task.key[3], "worker_died"))
 
-    def _settle(self, task: _Task, verdict: Verdict) -> None:
+    def _settle(self, task: _Task, name: VerdictName, rule: str, ms: float) -> None:
+        verdict = Verdict(name, float(name == "correct"), task.key[3], sys.intern(rule), ms)
         with self._lock:
-            if self._open_tasks.pop(task.key, None) is None:
+            if self._open_tasks.pop(task.digest, None) is None:
                 return  # the pool was closed meanwhile
             self._counts["judged"] += 1
-            self._counts[verdict.verdict] += len(task.waiting)
-            self._counts["cpu_timeouts"] += verdict.rule == CPU_LIMIT
-            self._counts["wall_timeouts"] += verdict.rule == DEADLINE
-            if verdict.verdict != "crash" and verdict.rule != DEADLINE:
-                self._cache[task.key] = verdict
+            self._counts[name] += len(task.waiting)
+            self._counts["cpu_timeouts"] += rule == CPU_LIMIT
+            self._counts["wall_timeouts"] += rule == DEADLINE
+            if name != "crash" and rule != DEADLINE:
+                self._cache[task.digest] = dataclasses.replace(verdict, extracted=None)
                 if len(self._cache) > CACHE_SIZE:
                     self._cache.popitem(last=False)
             waiting = task.waiting
         for future in waiting:
             future.set_result(verdict)
+
+
+def _key(item: JudgeItem) -> Key:
+    """What is judged of an item. Texts are cut just above the length at which they are refused by their length."""
+    found = extract(item.response)
+    text = found.text if found.text is None else found.text[: MAX_TEXT_CHARS + 1]
+    choices = tuple(choice[: MAX_TEXT_CHARS + 1] for choice in item.choices)
+    return resolve_type(item.type), item.answer[: MAX_TEXT_CHARS + 1], choices, text, found.rule
 
 
 def _close_at_exit(pool: VerifierPool) -> Any:

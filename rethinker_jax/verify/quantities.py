@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from rethinker_jax.verify.normalize import clean, plain, split_name
 from rethinker_jax.verify.numbers import NUMBER_WORDS, Number, parse_number, same_number
-from rethinker_jax.verify.units import Unit, compatible_labels, parse_unit
+from rethinker_jax.verify.units import Unit, contradiction, parse_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Quantity:
 
 
 _LEAD = re.compile(
-    r"(?:(?:the|answer|final|value|result|total|number|is|are|it|there|there's|of|equals?|a|about|approximately|approx|roughly|around"
-    r"|nearly|circa|so|therefore|hence|thus)[\s:.]+|\\(?:therefore|approx|sim|simeq|cong)(?![a-zA-Z])\s*|[≈~=:]\s*)+",
+    r"^(?:(?:the|answer|final|value|result|total|number|year|is|are|it|there|there's|of|equals?|a|about|approximately|approx|roughly|around"
+    r"|nearly|circa|so|therefore|hence|thus)(?:\s|:)\s*|\\(?:therefore|approx|sim|simeq|cong)(?![a-zA-Z])\s*|[≈~=:]\s*)+",
     re.IGNORECASE,
 )
 _CURRENCY = re.compile(r"([+-]?)\s*(US\$|[$€£¥₹]|USD|EUR|GBP|Rs\.?)\s*([+-]?.*)", re.DOTALL)
@@ -25,9 +25,10 @@ _NUMBER_PREFIX = re.compile(
     r"[+-]?\s*(?:"
     r"\d+\s*\\frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\}|\d+ \d+\s*/\s*\d+(?![\d.])"
     r"|\\frac\s*\{\s*[+-]?[\d.,]+\s*\}\s*\{\s*[\d.,]+\s*\}"
+    r"|10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+)"
     r"|(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d+|\.(?!\d))?|\.\d+)"
-    r"(?:\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+)|[eE][+-]?\d+(?![a-zA-Z]))?(?:\s*/\s*\d+(?:\.\d+)?)?"
-    r"|10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+))(?:\s*(?:thousand|million|billion|trillion)\b)?"
+    r"(?:\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{[^{}]*\}|[+-]?\d+)|[eE][+-]?\d+(?![a-zA-Z]))?(?:\s*/\s*\d+(?:\.\d+)?)?)"
+    r"(?:\s*(?:thousand|million|billion|trillion)\b)?"
 )
 _SINGLE = re.compile(r"[a-zA-Z]")
 
@@ -78,6 +79,8 @@ def _with_unit(text: str, lenient_unit: bool) -> Quantity | None:
     if unit is None:
         return None
     lone = _SINGLE.fullmatch(stripped) or re.fullmatch(r"[a-zA-Z]\^?\{?\d?\}?", stripped)
+    if unit.label and not rest.startswith(" ") and re.fullmatch(r"[a-z]{2,3}", stripped):
+        return None  # 2ab is a product
     if lone and not lenient_unit and not rest.startswith(" "):
         return None
     return Quantity(number, unit)
@@ -96,7 +99,14 @@ def _words_with_unit(text: str) -> Quantity | None:
 
 
 def _compound(text: str) -> Quantity | None:
-    """`3 hours 30 minutes`, `5 ft 6 in`: parts of one dimension, each unit smaller than the last, in base units."""
+    """`3 hours 30 minutes`, `5 ft 6 in`: parts of one dimension, each unit smaller than the last, in base units.
+
+    `45°30'` too, in degrees.
+    """
+    angle = re.fullmatch(r"(\d+)\s*°\s*(\d{1,2})\s*'\s*(?:(\d{1,2})\s*(?:''|\"))?", text)
+    if angle:
+        degrees, minutes, seconds = (int(part or 0) for part in angle.groups())
+        return Quantity(Number(degrees + Fraction(minutes, 60) + Fraction(seconds, 3600)), parse_unit("°") or Unit())
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+\.?)", text)
     if len(parts) < 2 or len(parts) > 4:
         return None
@@ -120,20 +130,13 @@ def same_quantity(gold: Quantity, answer: Quantity) -> tuple[bool, str]:
     left, right = gold.unit, answer.unit
     if left.percent or right.percent:
         return _same_percent(gold, answer)
-    if left.known and right.known:
-        if left.dimension != right.dimension:
-            return False, "unit_dimension"
-        if left.scale == right.scale:
-            rule = same_number(gold.number, answer.number)
-            return (True, f"number_{rule}") if rule else (False, "number_differs")
+    if why := contradiction(left, right):
+        return False, why
+    if left.known and right.known and left.scale != right.scale:
         factor = right.scale / left.scale
         converted = Number(answer.number.value * factor, None, answer.number.digits)
         rule = same_number(gold.number, converted)
         return (True, "unit_converted") if rule else (False, "unit_differs")
-    if (left.known and right.label) or (left.label and right.known):
-        return False, "unit_differs"
-    if left.label and right.label and not compatible_labels(left, right):
-        return False, "label_differs"
     rule = same_number(gold.number, answer.number)
     return (True, f"number_{rule}") if rule else (False, "number_differs")
 

@@ -171,16 +171,57 @@ _UNION = re.compile(
 )
 
 
+_SIZE = re.compile(r"\|\s*[a-zA-Z]\s*\|\s*(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<=|>=|<|>)\s*([^,;|<>\\]+)")
+
+
 def parse_intervals(text: str) -> tuple[Interval, ...] | None:
     r"""The union that a text writes as `[0, 1) \cup (2, \infty)`, `0 \le x < 1`, `x > 3 or x < 1`; None otherwise."""
     text = re.sub(r"^\\?[a-zA-Z]\s*\\in(?![a-zA-Z])\s*", "", text.strip())
     if len(text) > 400:
         return None
     text = re.sub(r"^\\\{\s*[a-zA-Z]\s*(?:\\in\s*\S+\s*)?(?:\||:|\\mid)\s*(.*)\\\}$", r"\1", text)  # set-builder
-    if plain(text).lower() in (r"\mathbb{r}", "all real numbers", "all reals", "r", r"\mathbb r"):
+    if is_real_line(text) or plain(text) == "R":
         return (Interval("-" + _INF, False, _INF, False),)
-    pieces = [_interval(piece) for piece in _UNION.split(text)]
-    return tuple(p for p in pieces if p) if pieces and all(pieces) else None
+    pieces = [_intervals(piece.strip()) for piece in _UNION.split(text)]
+    return tuple(interval for piece in pieces for interval in piece) if all(pieces) else None
+
+
+def is_real_line(text: str) -> bool:
+    return plain(text).lower() in (
+        *(r"\mathbb{r}", r"\mathbb r", "all real numbers", "all reals", "the real numbers", "the set of real numbers"),
+        *("set of all real numbers", "the set of all real numbers", "real numbers", "all real values", "all numbers"),
+    )
+
+
+_DOMAIN_RANGE = re.compile(
+    r"(?:the )?(?:(?i:domain)\b\s*(?:is|of \S+ is)?\s*[:=]?|D\s*[:=])(?P<domain>.+?)[,;.]?\s*"
+    r"(?:and )?\s*(?:the )?(?:(?i:range)\b\s*(?:is|of \S+ is)?\s*[:=]?|R\s*[:=])(?P<range>.+)"
+)
+
+
+def parse_domain_range(text: str) -> tuple[str, str] | None:
+    """The values of `Domain: ..., Range: ...` or `D = ..., R = ...`."""
+    match = _DOMAIN_RANGE.fullmatch(plain(text).strip())
+    if match is None:
+        return None
+    first, second = match.group("domain").strip(" ,;.:="), match.group("range").strip(" ,;.:=")
+    return (first, second) if first and second else None
+
+
+def _intervals(text: str) -> tuple[Interval, ...]:
+    """One piece of a union: an interval, or the two that `x \\ne 2` and `|x| > 2` are; () for anything else."""
+    hole = re.fullmatch(r"([a-zA-Z])\s*(?:\\ne(?![a-zA-Z])|!=)\s*([^,;]+)", text)
+    if hole:
+        return Interval("-" + _INF, False, hole.group(2), False), Interval(hole.group(2), False, _INF, False)
+    size = _SIZE.fullmatch(text)
+    if size:
+        operator, bound = _OPERATORS.get(size.group(1), size.group(1)), size.group(2)
+        closed, low = len(operator) == 2, f"-({bound})"
+        if operator[0] == "<":
+            return (Interval(low, closed, bound, closed),)
+        return Interval("-" + _INF, False, low, closed), Interval(bound, closed, _INF, False)
+    interval = _interval(text)
+    return (interval,) if interval else ()
 
 
 def _interval(text: str) -> Interval | None:

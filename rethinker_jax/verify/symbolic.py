@@ -1,9 +1,10 @@
-"""Expressions and equations, by math-verify's parser and comparison (sympy). Only ever called under a worker's limits.
+"""Expressions and equations: by our own parser and arithmetic, and by math-verify (sympy) where those do not decide.
 
-The size guards come first. Closed forms are then compared as numbers to 12 relative digits, expressions with variables
-at fixed points, and only what that leaves open goes to math-verify, gold first (the comparison is not symmetric). Both
-checks also veto: math-verify alone takes `1/2^60` for `1/2^61`. Its own alarms are off: the worker's limits decide.
-Sympy objects never leave this module, and are never turned into text.
+The size guards come first. `formulas` reads what pupils write and `values` compares it at fixed points. What they do
+not read (relations of several variables, plus-minus, infinity, derivatives) or leave open (equations that are not
+proportional) goes to math-verify, gold first (the comparison is not symmetric), with a check by values that may veto:
+math-verify alone takes `1/2^60` for `1/2^61`. Its own alarms are off: a worker's limits decide, and sympy is only ever
+called under them. Sympy objects never leave this module, and are never turned into text.
 """
 
 import re
@@ -11,14 +12,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from rethinker_jax.verify.formulas import BARE_LOG, FUNCTIONS, Unread, has, names_in, read_formula
 from rethinker_jax.verify.guards import refusal
 from rethinker_jax.verify.normalize import plain
+from rethinker_jax.verify.values import constant_value, point_of, same_equations, same_values
 
-_POINTS = (
-    (Fraction(17, 13), Fraction(29, 11), Fraction(37, 23), Fraction(43, 31), Fraction(53, 47), Fraction(61, 19)),
-    (Fraction(71, 29), Fraction(19, 17), Fraction(83, 37), Fraction(23, 7), Fraction(41, 53), Fraction(67, 59)),
-    (Fraction(-31, 17), Fraction(-47, 29), Fraction(13, 19), Fraction(-59, 23), Fraction(61, 43), Fraction(-73, 41)),
-)
 MAX_DEGREE = 12  # of polynomials whose zeros are compared
 _WARM_UP = (
     (r"\frac{1}{2}+\sqrt{2}", r"\sqrt[3]{2}-3\pi"),
@@ -32,49 +30,15 @@ _WARM_UP = (
     (r"\log_2 8", "5!"),
     (r"(1+i)^2", "2i"),
 )
-_FUNCTIONS = {
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "ln",
-    "exp",
-    "sqrt",
-    "arcsin",
-    "arccos",
-    "arctan",
-    "lg",
-    "abs",
-    "asin",
-    "acos",
-    "atan",
-}
+_FUNCTIONS = {*FUNCTIONS, "sqrt", "abs", "asin", "acos", "atan"}
 _HEDGES = {
-    "or",
-    "and",
-    "not",
-    "if",
-    "is",
-    "to",
-    "no",
-    "so",
-    "it",
-    "as",
-    "be",
-    "by",
-    "in",
-    "of",
-    "on",
-    "vs",
-    "nor",
-    "but",
+    *("or", "and", "not", "if", "is", "to", "no", "so", "it", "as", "be", "by", "in", "of", "on", "vs", "nor", "but"),
     "may",
 }
 _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_PRIMED_NUMBER = re.compile(r"\d\s*'")
+# Feet, a derivative of a constant, a number in another base, degrees before a digit, two numbers side by side.
+_AMBIGUOUS = re.compile(r"[\d°]\s*['_]|(?<![a-zA-Z})'])'|°\s*\d|^\s*°|(?<![_\d])\d+\s+\d")
+_SEGMENT = re.compile("[A-Z]{2}")
 _RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
 _SAFE = re.compile(r"[^\"'`@#$;:?_~]*|(?:[^\"`@#$;:?~]|_(?!_))*")
 
@@ -87,6 +51,7 @@ def import_libraries() -> None:
     """Loads sympy and math-verify and builds the parser's tables now, so that no item pays for it."""
     for gold, answer in _WARM_UP:
         same_expression(gold, answer)
+        _by_sympy(gold, answer)
 
 
 def has_words(text: str) -> bool:
@@ -135,12 +100,12 @@ def _for_parser(text: str) -> str:
 
 
 def _unsafe(text: str) -> bool:
-    """Characters that no answer needs, and primes behind a number (feet, or a derivative of a constant)."""
-    return not _SAFE.fullmatch(text) or bool(_PRIMED_NUMBER.search(text))
+    """Characters that no answer needs, and what can be read in two ways."""
+    return not _SAFE.fullmatch(text) or bool(_AMBIGUOUS.search(text))
 
 
 def same_expression(gold: str, answer: str) -> tuple[bool, str]:
-    """Whether two expressions (cleaned, without units and names) are equal, and what decided."""
+    """Whether two expressions or equations (cleaned, without units and names) are equal, and what decided."""
     guard = refusal(answer) or ("characters" if _unsafe(answer) else None)
     if guard:
         return False, f"guard_{guard}"
@@ -148,6 +113,42 @@ def same_expression(gold: str, answer: str) -> tuple[bool, str]:
         return False, "guard_gold"
     if has_words(answer):
         return False, "words"
+    return _by_values(gold, answer) or _by_sympy(gold, answer)
+
+
+def _by_values(gold: str, answer: str) -> tuple[bool, str] | None:
+    """The verdict of our own parser and arithmetic, or None where they do not decide."""
+    gold, answer = _with_one_constant(gold, answer)
+    try:
+        left, right = read_formula(gold), read_formula(answer)
+        names, segments = names_in(gold), True
+        differing = set(names) ^ set(names_in(answer))
+        if differing:
+            if all(any(_SEGMENT.match(name) for name in differing & set(names_in(text))) for text in (gold, answer)):
+                return False, "variables"  # AB times CD is not AC times BD
+            names, segments = names_in(gold, segments=False), False
+            if names != names_in(answer, segments=False):
+                return False, "variables"
+    except Unread:
+        return None
+    if ("=" in gold) != ("=" in answer):
+        return False, "equation_for_value" if "=" in answer else "value_for_equation"
+    if "=" in gold:
+        same, why = same_equations(gold, answer, names, segments) if names else (False, "identity")
+        return None if same is None else (same, why)
+    natural = has(left, "call", "ln") and not has(left, "call", BARE_LOG) and has(right, "call", BARE_LOG)
+    same = same_values(gold, answer, names, segments, natural)
+    return None if same is None else (same, "value")
+
+
+def _with_one_constant(gold: str, answer: str) -> tuple[str, str]:
+    """The constant of integration may be called C or c."""
+    if re.search(r"\+\s*C$", gold) and re.search(r"\+\s*c$", answer):
+        return gold, answer[:-1] + "C"
+    return gold, answer
+
+
+def _by_sympy(gold: str, answer: str) -> tuple[bool, str]:
     try:
         left = _parse(_for_parser(gold))
     except Unparsed:
@@ -163,6 +164,13 @@ def number_value(text: str) -> Fraction | None:
     """The value of a closed form to 30 digits, or None for what is none (variables, complex, refused by a guard)."""
     if refusal(text) or _unsafe(text) or has_words(text):
         return None
+    try:
+        return constant_value(text)
+    except Unread:
+        return _sympy_value(text)
+
+
+def _sympy_value(text: str) -> Fraction | None:
     try:
         parsed = _parse(_for_parser(text))
     except Unparsed:
@@ -256,9 +264,9 @@ def _same_zeros(left: Any, right: Any) -> bool | None:
 
 
 def _assignments(gold: Any, answer: Any) -> list[dict[str, Fraction]]:
-    """Three points: a value for every name but `i`, the same on both sides."""
+    """Three points, one with negative values: a value for every name but `i`, the same on both sides."""
     names = sorted({s.name for s in gold.free_symbols | answer.free_symbols} - {"i"})
-    return [{name: point[k % len(point)] + k // len(point) for k, name in enumerate(names)} for point in _POINTS]
+    return [point_of(tuple(names), number) for number in (0, 2, 3)]
 
 
 def _at(expression: Any, point: dict[str, Fraction]) -> Any:

@@ -61,14 +61,23 @@ def _digits(word: str) -> str:
 def same_text(gold: str, answer: str) -> bool:
     """Equal up to case, articles and punctuation; geometric names (`\\angle ABC`) up to how they may be read."""
     left, right = geometric_name(gold), geometric_name(answer)
+    if left and not right and re.fullmatch("[A-Z]{2}", plain(answer)):
+        right = geometric_name(f"\\{left[0]} {plain(answer)}")  # the mark above the letters left out
+    if right and not left and re.fullmatch("[A-Z]{2}", plain(gold)):
+        left = geometric_name(f"\\{right[0]} {plain(gold)}")
     if left or right:
         return left == right
     key = text_key(gold)
     return bool(key) and key == text_key(answer)
 
 
+_FIGURES = {
+    "segment": "overline", "line segment": "overline", "side": "overline", "chord": "overline", "diagonal": "overline",
+    "line": "overleftrightarrow", "ray": "overrightarrow", "arc": "widehat", "vec": "overrightarrow",
+}  # fmt: skip
 _GEOMETRY = re.compile(
-    r"\s*(?:m\s*)?\\?(angle|triangle|overline|overrightarrow|overleftrightarrow|widehat|vec|square)\s*\{?\s*([A-Z][A-Z0-9']*)\s*\}?\s*"
+    r"\s*(?:m\s*)?\\?(angle|triangle|overline|overrightarrow|overleftrightarrow|widehat|vec|square"
+    r"|(?:line )?segment|side|chord|diagonal|line|ray|arc)\s*\{?\s*([A-Z][A-Z0-9']*)\s*\}?\s*"
 )
 
 
@@ -78,11 +87,22 @@ def geometric_name(text: str) -> tuple[str, str] | None:
     if not match:
         return None
     figure, letters = match.groups()
+    figure = _FIGURES.get(figure, figure)
     if figure in ("angle", "overline", "overleftrightarrow", "widehat"):
         letters = min(letters, letters[::-1])
     elif figure == "triangle":
         letters = "".join(sorted(letters))
     return figure, letters
+
+
+_NO_SOLUTION = re.compile(
+    r"(?:there (?:is|are) |it has )?(?:no|zero) solutions?(?: exists?)?|(?:the )?(?:empty|null) set|\\emptyset"
+)
+
+
+def is_empty_set(text: str) -> bool:
+    """`\\emptyset`, `no solution`, `the empty set`."""
+    return bool(_NO_SOLUTION.fullmatch(plain(text).lower().strip(" .")))
 
 
 def polarity(text: str) -> bool | None:
@@ -112,10 +132,13 @@ _ARROWS = re.compile(r"\\(?:to|rightarrow|longrightarrow|Rightarrow|xrightarrow(
 _EQUILIBRIUM = re.compile(r"\\(?:rightleftharpoons|leftrightarrow)(?![a-zA-Z])|<-*=*>")
 
 
+_LAST_SIGN = re.compile(r"(?<=[A-Za-z)\]])(\d*[+-])(?=\s|$)")  # inside \ce: `OH-`, `Ca2+`
+
+
 def chem_key(text: str) -> str:
     """A formula or reaction without print marks: case kept, subscripts as digits, charges `^2+`, arrows `→`."""
     text = plain(clean(text))
-    text = re.sub(r"\\ce\s*\{(.*)\}", r"\1", text)
+    text = re.sub(r"\\ce\s*\{(.*)\}", lambda m: _LAST_SIGN.sub(r"^\1", m.group(1)), text)
     text = _EQUILIBRIUM.sub("⇌", text)
     text = _ARROWS.sub("→", text)
     text = re.sub(r"\\(?:uparrow|downarrow)|\((?:aq|s|l|g)\)|_\{?\((?:aq|s|l|g)\)\}?", "", text)
@@ -207,6 +230,10 @@ _MONTH_NAMES = (
 )
 _MONTHS = {name: number for number, name in enumerate(_MONTH_NAMES, 1)}
 _CLOCK = re.compile(r"(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s*(a\.?m\.?|p\.?m\.?|o'clock|hours|hrs|h)?")
+_SPOKEN = re.compile(
+    r"(half|quarter|a quarter|five|ten|twenty|twenty-five|(?:[a-z-]+|\d{1,2})(?= minutes))(?: minutes)?"
+    r" (past|to) ([a-z]+|\d{1,2})(?: o'clock)?"
+)
 _HOUR = re.compile(r"(\d{1,2})\s*(a\.?m\.?|p\.?m\.?|o'clock)")
 
 
@@ -217,6 +244,13 @@ def parse_time(text: str, bare: bool = True) -> tuple[int, int, bool] | None:
         return 43200, 1, True
     if text == "midnight":
         return 0, 1, True
+    spoken = _SPOKEN.fullmatch(text)
+    if spoken:
+        minutes = {"half": 30, "quarter": 15, "a quarter": 15}.get(spoken.group(1)) or _whole(spoken.group(1))
+        hour = _whole(spoken.group(3))
+        if minutes is None or hour is None or not (0 < minutes < 60 and 1 <= hour <= 12):
+            return None
+        return (hour * 60 + (minutes if spoken.group(2) == "past" else -minutes)) * 60 % 43200, 0, True
     match = _CLOCK.fullmatch(text)
     if match:
         hour, minute, second, half = (
@@ -240,6 +274,13 @@ def parse_time(text: str, bare: bool = True) -> tuple[int, int, bool] | None:
             return None
         hour = hour % 12 + (12 if half == "pm" else 0)
     return hour * 3600 + minute * 60 + second, int(half in ("am", "pm") or hour > 12 or hour == 0), True
+
+
+def _whole(text: str) -> int | None:
+    number = parse_words(text)
+    if number is None:
+        return int(text) if text.isdigit() else None
+    return int(number.value)
 
 
 def same_time(gold: str, answer: str) -> bool | None:
@@ -289,11 +330,24 @@ _OF = re.compile(
 )
 _THREE = re.compile(r"(\d{1,3}(?:\.\d+)?)\s*°?\s*t")
 _LEADING_ZERO = re.compile(r"(0\d\d(?:\.\d+)?)\s*°?")
+_COMPASS = {
+    "northeast": 45,
+    "southeast": 135,
+    "southwest": 225,
+    "northwest": 315,
+    "ne": 45,
+    "se": 135,
+    "sw": 225,
+    "nw": 315,
+}
 _AXIS = {"n": 0, "e": 90, "s": 180, "w": 270}
 
 
 def parse_bearing(text: str) -> Fraction | None:
-    """Clockwise degrees from north of `N 30° E`, `30° east of north`, `030°`, `330°T`; None for anything else."""
+    """Clockwise degrees from north: `N 30° E`, `30° east of north`, `030°`, `330°T`, `north-east`, `NE`; None else."""
+    point = re.sub(r"[\s-]+", "", plain(text))
+    if point.lower() in _COMPASS and (len(point) > 2 or point.isupper()):
+        return Fraction(_COMPASS[point.lower()])
     text = plain(text).lower().replace("°", "° ").replace("  ", " ").strip()
     text = re.sub(r"\s*°\s*", "° ", text).strip()
     true = _THREE.fullmatch(text) or _LEADING_ZERO.fullmatch(text)

@@ -127,7 +127,8 @@ _add("μF", {"mass": -1, "length": -2, "time": 4, "current": 2}, "1/1000000")
 _add("dB", {"decibel": 1})
 _SPEEDS = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "mps": "m/s", "rpm": "", "fps": "ft/s"}
 _NO_UNIT = {"unit", "units", "square units", "cubic units", "sq units", "sq. units", "u", "su"}
-_PER = re.compile(r"\bper\b|\\div|÷")
+_PER = re.compile(r"\bper\b|\ban?(?= (?:hour|minute|second|day|week|year|month)\b)|\\div|÷")
+_GLUED = re.compile(r"([a-zA-Z]{2,5})(?=\s*\^\s*\{?\s*-)")  # `ms^{-2}`: metres per second squared
 _FACTOR = re.compile(r"(°\s?[CF]?|[a-zA-ZμΩ$€£¥₹¢]+\.?)\s*(?:\^\s*\{?\s*\(?([+-]?\d)\)?\s*\}?|([23](?!\d)))?")
 _MISSING = Unit()
 # Words after a number that would change what it says.
@@ -189,7 +190,7 @@ def _known_unit(text: str) -> Unit | None:
     text = re.sub(
         r"\b(?:degrees?|deg)\s+(celsius|fahrenheit|c|f)\b", lambda m: "°" + m.group(1)[0].upper(), text, flags=re.I
     )
-    text = _powers_in_words(text)
+    text = _GLUED.sub(_unglue, _powers_in_words(text))
     dimension: dict[str, int] = {}
     scale = Fraction(1)
     sign, position = 1, 0
@@ -216,6 +217,16 @@ def _known_unit(text: str) -> Unit | None:
     return Unit(tuple(sorted((n, e) for n, e in dimension.items() if e)), scale) if dimension else None
 
 
+def _unglue(match: re.Match[str]) -> str:
+    """Two units written as one before a negative power, where the first letters and the last are both a unit."""
+    name = match.group(1)
+    if name == "ms" or _lookup(name) is None:
+        for cut in range(len(name) - 1, 0, -1):
+            if name[:cut] in _TABLE and name[cut:] in _TABLE:
+                return f"{name[:cut]} {name[cut:]}"
+    return name
+
+
 def _lookup(name: str) -> tuple[dict[str, int], Fraction] | None:
     name = name.replace(" ", "")
     for candidate in (name, name.rstrip("."), name.lower(), name.lower().rstrip(".")):
@@ -226,10 +237,10 @@ def _lookup(name: str) -> tuple[dict[str, int], Fraction] | None:
 
 def _powers_in_words(text: str) -> str:
     """`square cm`, `sq. m`, `cubic feet`, `cm squared` with a written exponent."""
-    for words, power in ((r"sq(?:uare)?\.?", "2"), (r"cu(?:bic)?\.?", "3")):
-        text = re.sub(rf"(?<![a-zA-Z]){words}\s*([a-zA-Z]+)", rf"\1^{power}", text, flags=re.I)
-    text = re.sub(r"([a-zA-Z]+)\s+squared\b", r"\1^2", text, flags=re.I)
-    return re.sub(r"([a-zA-Z]+)\s+cubed\b", r"\1^3", text, flags=re.I)
+    for after, before, power in (("squared", r"(?:squared?|sq\b\.?)", "2"), ("cubed", r"(?:cubic|cu\b\.?)", "3")):
+        text = re.sub(rf"([a-zA-Z]+)\s+{after}\b", rf"\1^{power}", text, flags=re.I)
+        text = re.sub(rf"(?<![a-zA-Z]){before}\s*([a-zA-Z]+)", rf"\1^{power}", text, flags=re.I)
+    return text
 
 
 def _label(text: str) -> Unit | None:
@@ -244,7 +255,12 @@ def _label(text: str) -> Unit | None:
     return Unit(label=" ".join(kept)) if kept else _MISSING
 
 
+_IRREGULAR = {"people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "mice": "mouse"}
+
+
 def _singular(word: str) -> str:
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     if word.endswith(("ses", "xes", "ches", "shes")):
@@ -252,10 +268,17 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 
-def compatible_labels(left: Unit, right: Unit) -> bool:
-    """Labels agree when one says no more than the other (`cars`, `red cars`); a label never agrees with a unit."""
+def contradiction(left: Unit, right: Unit) -> str:
+    """Why two units cannot stand for the same ("" where they can): what is missing on one side contradicts nothing.
+
+    Labels agree when one says no more than the other (`cars`, `red cars`); a label never agrees with a unit.
+    """
+    if left.known and right.known and (left.dimension, left.percent) != (right.dimension, right.percent):
+        return "unit_dimension"
+    if (left.known and right.label) or (left.label and right.known):
+        return "unit_differs"
     a, b = set(left.label.split()), set(right.label.split())
-    return a <= b or b <= a
+    return "" if a <= b or b <= a else "label_differs"
 
 
 def split_unit(text: str) -> tuple[str, Unit]:

@@ -1,13 +1,13 @@
 """One verifier process: JSON lines in on stdin, one line out per item on stdout. Started as a module, never forked.
 
     in   {"n": 7, "extracted": "12", "rule": "boxed", "answer": "12", "choices": [], "type": "auto"}
-    out  {"n": 7, "verdict": "correct", "rule": "number:integer", "ms": 0.02, "last": false}
+    out  {"n": 7, "verdict": "correct", "rule": "number:integer", "ms": 0.02, "cpu_s": 0.613, "last": false}
 
-The first line out is `{"ready": true}`, after the libraries are loaded. `last` says that the process ends after this
-line, because the item left it in doubt (CPU or memory limit) or because it has served enough; what was sent after it
-is unread. Memory is bounded by RLIMIT_AS, CPU time per item by a profiling timer whose signal raises between
-bytecodes, and, for code that does not return to Python, by the parent. Stdout belongs to the protocol: what libraries
-print goes to stderr.
+The first line out is `{"ready": true}`, after the libraries are loaded. `cpu_s` is the CPU time of the process so far.
+`last` says that the process ends after this line, because the item left it in doubt (CPU or memory limit), because it
+has grown, or because it has served enough; what was sent after it is unread. Memory is bounded by RLIMIT_AS, CPU time
+per item by a profiling timer whose signal raises between bytecodes, and, for code that does not return to Python, by
+the parent. Stdout belongs to the protocol: what libraries print goes to stderr.
 """
 
 import argparse
@@ -17,12 +17,14 @@ import os
 import resource
 import signal
 import sys
+import time
 import warnings
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 CPU_LIMIT = "cpu_limit"
 MEMORY_LIMIT = "memory_limit"
 MAX_ITEMS = 50_000  # then a fresh process takes over
+MAX_GROWTH = 0.25  # of the memory limit: what a process may have grown and still serve the next item
 
 
 class CpuLimitReached(BaseException):
@@ -53,11 +55,29 @@ class CpuTimer:
             raise CpuLimitReached
 
 
+class AddressSpace:
+    """Whether this process has grown by more than `max_growth` bytes since now, by what RLIMIT_AS counts."""
+
+    def __init__(self, max_growth: float):
+        try:
+            self._file = os.open("/proc/self/statm", os.O_RDONLY)  # kept open: a look costs microseconds
+        except FileNotFoundError:  # no Linux: only the limit itself holds
+            self._file = None
+        self._limit = self._size() + max_growth
+
+    def grown(self) -> bool:
+        return self._size() > self._limit
+
+    def _size(self) -> int:
+        return 0 if self._file is None else int(os.pread(self._file, 64, 0).split()[0]) * resource.getpagesize()
+
+
 def judge_line(item: dict[str, Any], timer: CpuTimer) -> dict[str, Any]:
     """The reply to one item. Never raises: this is where untrusted text is met."""
     from rethinker_jax.verify.judge import judge_extracted
 
     reply: dict[str, Any] = {"n": item["n"], "verdict": "crash", "rule": "error", "ms": 0.0, "last": False}
+    started = time.perf_counter()
     try:
         try:
             timer.start()
@@ -75,17 +95,25 @@ def judge_line(item: dict[str, Any], timer: CpuTimer) -> dict[str, Any]:
         reply.update(rule="recursion_limit", last=True)
     except Exception as error:
         reply.update(rule=f"error_{type(error).__name__}")
+    timer.stop()  # again: the signal may have come before the first one did its work
     if timer.fired:  # also where a library swallowed the signal's exception and made something of it
-        reply.update(verdict="timeout", rule=CPU_LIMIT, ms=timer.limit_s * 1000, last=True)
+        reply.update(verdict="timeout", rule=CPU_LIMIT, last=True)
+    if reply["verdict"] in ("timeout", "crash"):
+        reply.update(ms=(time.perf_counter() - started) * 1000)
     return reply
 
 
-def serve(source: BinaryIO, sink: BinaryIO, cpu_limit_s: float) -> None:
-    """Answers items until the source ends or a reply is the last."""
-    timer = CpuTimer(cpu_limit_s)
+def serve(source: IO[bytes], sink: IO[bytes], cpu_limit_s: float, max_growth: float) -> None:
+    """Answers items until the source ends or a reply is the last.
+
+    What one item may use should not depend on what came before it: where the process has grown by more than
+    `max_growth` bytes, a fresh one takes over.
+    """
+    timer, space = CpuTimer(cpu_limit_s), AddressSpace(max_growth)
     for served, line in enumerate(source, 1):
         reply = judge_line(json.loads(line), timer)
-        reply["last"] = reply["last"] or served >= MAX_ITEMS
+        reply["last"] = reply["last"] or served >= MAX_ITEMS or space.grown()
+        reply["cpu_s"] = time.process_time()
         sink.write(json.dumps(reply).encode() + b"\n")
         sink.flush()
         if reply["last"]:
@@ -111,9 +139,10 @@ def main() -> None:
 
     import_libraries()
     loaded = [name for name in ("jax", "jaxlib", "flax", "torch") if name in sys.modules]
-    sink.write(json.dumps({"ready": True, "pid": os.getpid(), "accelerator_modules": loaded}).encode() + b"\n")
+    ready = {"ready": True, "cpu_s": time.process_time(), "accelerator_modules": loaded}
+    sink.write(json.dumps(ready).encode() + b"\n")
     sink.flush()
-    serve(sys.stdin.buffer, sink, options.cpu_limit_s)
+    serve(sys.stdin.buffer, sink, options.cpu_limit_s, MAX_GROWTH * limit)
 
 
 if __name__ == "__main__":
