@@ -15,13 +15,14 @@ import numpy as np
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.types import ImagePatches, Problem, Prompt
 
-VARIANTS = ("tied", "untied")
+VARIANTS = ("tied", "untied")  # of these there are golden files
 NUM_GREEDY = 8
 NUM_SUMS = 16
 
 Grid = tuple[int, int]
-# A prompt is a list of parts: a number of text tokens, or an image of so many patches.
-Parts = Sequence[int | Grid]
+# A prompt is a list of parts: a number of text tokens, or an image of so many patches, which stands between
+# vision_start and vision_end; (grid,) is an image without them.
+Parts = Sequence[int | Grid | tuple[Grid]]
 
 # Images of this grid have so little contrast that the epsilon of the norms counts.
 FAINT: Grid = (2, 4)
@@ -33,13 +34,86 @@ CASES: Mapping[str, Sequence[Parts]] = {
     "text_only": [[11]],
     "padded_batch": [[4, (6, 6), 3], [7], [2, FAINT, 1, (4, 6), 9]],
 }
+# Compared live only. Images of 2x2 patches are one token, the least there is; 2x80 and 60x2 are 40 and 30 times as
+# long as wide, and end in a ragged window for every window size.
+LIVE_CASES: Mapping[str, Sequence[Parts]] = {
+    "ragged grid": [[5, (10, 14), 6]],
+    "image first and last": [[((6, 8),), 5, ((4, 10),)], [((4, 4),), 3]],
+    "three images, text between": [[2, (4, 6), 3, (10, 4), 1, (6, 6), 4]],
+    "text only": [[1], [11], [6]],
+    "mixed batch": [[9], [3, (6, 10), 4], [(4, 4), 2, FAINT, 3, (8, 6), 5]],
+    "extreme aspect": [[3, (2, 80), 4], [2, (60, 2), 3]],
+    "smallest images": [[1, (2, 2), 2], [((2, 2),), 1], [4, (2, 4), 1, (4, 2), 1]],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model of the live comparison: what it changes in the example's config, and how its checkpoint is written.
+
+    `form` is one of `published.FORMS`; `layout` is who wrote the tensors' names: "hub", "in memory" or "base model";
+    `cut`: in several files, with an index.
+    """
+
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    form: str
+    layout: str = "hub"
+    cut: bool = False
+
+
+def _shape(
+    heads: int, kv_heads: int, d_ff: int, layers: int, vision: Mapping[str, Any], form: str, **options: Any
+) -> Shape:
+    """Heads of 16 with the published sections' ratio 2:3:3, and vision heads of 20: as there, not a power of two."""
+    text = {
+        "hidden_size": 16 * heads,
+        "intermediate_size": d_ff,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "max_window_layers": layers,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "rope_theta": 1000.0,
+        "tie_word_embeddings": False,
+    }
+    vision = {"hidden_size": 20 * vision["num_heads"], "out_hidden_size": 16 * heads, **vision}
+    return Shape(text | options.pop("text", {}), vision, form, **options)
+
+
+# Heads, groups of heads and widths in the published ratios; what a config may choose differs from shape to shape.
+SHAPES: Mapping[str, Shape] = {
+    "like 3B": _shape(
+        16, 2, 1376, 3,
+        {"depth": 4, "num_heads": 4, "intermediate_size": 214, "window_size": 112, "fullatt_block_indexes": [1, 3]},
+        "flat", layout="base model", text={"tie_word_embeddings": True},
+    ),
+    "like 7B": _shape(
+        14, 2, 1184, 2,
+        {"depth": 3, "num_heads": 4, "intermediate_size": 214, "window_size": 56, "fullatt_block_indexes": [2]},
+        "resaved by 4",
+    ),
+    "like 32B": _shape(
+        10, 2, 864, 4,
+        {"depth": 4, "num_heads": 3, "intermediate_size": 162, "window_size": 84, "fullatt_block_indexes": [0, 3, 7]},
+        "nested by 5", layout="in memory", cut=True,
+    ),
+    "like 72B": _shape(
+        16, 2, 924, 3,
+        {"depth": 2, "num_heads": 2, "intermediate_size": 108, "window_size": 28, "fullatt_block_indexes": []},
+        "nested by 4", cut=True, text={"rms_norm_eps": 1e-5},
+    ),
+}  # fmt: skip
 
 
 def make_config(variant: str, example: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a variant. 'tied' is the example's own; 'untied' differs from it wherever a size may."""
+    """Flat config.json of a variant or shape. 'tied' is the example's own; 'untied' differs wherever a size may."""
     config = dict(example)
     if variant == "tied":
         return config
+    if variant in SHAPES:
+        shape = SHAPES[variant]
+        return {**config, **shape.text, "vision_config": config["vision_config"] | shape.vision}
     config |= {
         "hidden_size": 144,
         "intermediate_size": 200,
@@ -92,11 +166,11 @@ class Row:
 
 
 def make_rows(case: str, config: Mapping[str, Any]) -> list[Row]:
-    """The rows of a case. Text tokens are ordinary ones; images stand between vision_start and vision_end."""
+    """The rows of a case. Text tokens are ordinary ones."""
     vision = config["vision_config"]
     patch_dim = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     rows = []
-    for number, parts in enumerate(CASES[case]):
+    for number, parts in enumerate({**CASES, **LIVE_CASES}[case]):
         ids: list[int] = []
         images = []
         for place, part in enumerate(parts):
@@ -104,11 +178,12 @@ def make_rows(case: str, config: Mapping[str, Any]) -> list[Row]:
             if isinstance(part, int):
                 ids += [int(value) for value in 20 + (np.abs(noise(1, name, (part,))) * 100).astype(np.int64)]
                 continue
-            count = part[0] * part[1]
-            contrast = np.float32(0.02 if part == FAINT else 1.0)
-            images.append(ImagePatches(contrast * noise(1, name, (count, patch_dim)), (1, *part)))
-            pads = [config["image_token_id"]] * (count // vision["spatial_merge_size"] ** 2)
-            ids += [config["vision_start_token_id"], *pads, config["vision_end_token_id"]]
+            h, w = part if len(part) == 2 else part[0]
+            contrast = np.float32(0.02 if (h, w) == FAINT else 1.0)
+            images.append(ImagePatches(contrast * noise(1, name, (h * w, patch_dim)), (1, h, w)))
+            pads = [config["image_token_id"]] * (h * w // vision["spatial_merge_size"] ** 2)
+            between = config["vision_start_token_id"], config["vision_end_token_id"]
+            ids += [between[0], *pads, between[1]] if len(part) == 2 else pads
         rows.append(Row(np.array(ids), tuple(images)))
     return rows
 

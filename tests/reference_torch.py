@@ -12,13 +12,17 @@ import torch  # ty: ignore[import-not-found]
 from reference_cases import NUM_GREEDY, Row, make_weight, never_drawn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
+torch.set_num_threads(1)  # more of them wait for each other here: the models are tiny
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """logits float32, one [seq, vocab] a row; loss: mean over all next-token predictions; gradients by hub name;
-    greedy: int64 [rows, NUM_GREEDY]; gap: the smallest lead of a greedy token's logit over the second."""
+    """logits float32, one [seq, vocab] a row, of rows padded on the right; left_logits: on the left; loss: mean over
+    all next-token predictions; gradients by hub name; greedy: int64 [rows, NUM_GREEDY], of rows padded on the left;
+    gap: the smallest lead of a greedy token's logit over the second."""
 
     logits: list[np.ndarray]
+    left_logits: list[np.ndarray]
     loss: float
     gradients: dict[str, np.ndarray]
     greedy: np.ndarray
@@ -77,7 +81,16 @@ def answer(model: Qwen2_5_VLForConditionalGeneration, rows: Sequence[Row], confi
     }
     greedy, gap = _greedy(model, rows, config)
     real = [logits[number, : len(row.token_ids)].detach().numpy() for number, row in enumerate(rows)]
-    return Answer(real, loss.item(), gradients, greedy, gap)
+    return Answer(real, _left_logits(model, rows, config), loss.item(), gradients, greedy, gap)
+
+
+def _left_logits(
+    model: Qwen2_5_VLForConditionalGeneration, rows: Sequence[Row], config: Mapping[str, Any]
+) -> list[np.ndarray]:
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        logits = model(**make_inputs(rows, config, left=True), use_cache=False).logits
+    return [logits[number, -len(row.token_ids) :].numpy() for number, row in enumerate(rows)]
 
 
 def _greedy(
@@ -98,3 +111,16 @@ def _greedy(
     )
     best = torch.stack(out.scores).topk(2, dim=-1).values
     return out.sequences[:, inputs["input_ids"].shape[1] :].numpy(), float((best[..., 0] - best[..., 1]).min())
+
+
+def write_checkpoint(
+    model: Qwen2_5_VLForConditionalGeneration, directory: pathlib.Path, layout: str, cut: bool
+) -> None:
+    """Save as transformers does. `layout`: "hub" names, "in memory" names, or the "base model" without a head."""
+    part = model.model if layout == "base model" else model
+    size = sum(parameter.numel() for parameter in part.parameters()) * 4
+    part.save_pretrained(
+        directory,
+        save_original_format=layout != "in memory",
+        max_shard_size=size // 3 if cut else 2 * size,
+    )
