@@ -17,7 +17,7 @@ from rethinker_jax.models.attention_kernels import choose_attention
 from rethinker_jax.models.lora import adapt_params, adapter_layout, init_adapters, merge_adapters
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
-from rethinker_jax.models.qwen_config import QwenConfig, read_config
+from rethinker_jax.models.qwen_config import QwenConfig, VisionConfig, read_config
 from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings
 from rethinker_jax.models.weights import load_params
 from rethinker_jax.prompts.build import PromptBuilder
@@ -78,6 +78,7 @@ def load_system(config: Config) -> System:
     vision = qwen.vision
     geometry = VisionGeometry(vision.patch_size, vision.merge_size, vision.window_size)
     images = ImageSettings.from_directory(directory, config.data.min_pixels, config.data.max_pixels)
+    _check_images(directory, images, vision)
     builder = PromptBuilder(
         tokenizer, images, geometry, config.data.prompt_template, max_prompt_tokens=config.data.max_prompt_tokens,
         cache_size=1024,
@@ -93,6 +94,21 @@ def load_system(config: Config) -> System:
     model = define_model(qwen, config.model.remat == "full", attention)
     sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never, config.buckets)
     return System(directory, mesh, model, params, dtype, tokenizer, geometry, builder, sampler)
+
+
+def _check_images(directory: Path, images: ImageSettings, vision: VisionConfig) -> None:
+    """Raises UserError where the processor would cut patches that the vision tower does not take."""
+    sizes = {
+        "patch_size": (images.patch_size, vision.patch_size),
+        "merge_size": (images.merge_size, vision.merge_size),
+        "temporal_patch_size": (images.temporal_patch_size, vision.temporal_patch_size),
+    }
+    for key, (came, wanted) in sizes.items():
+        if came != wanted:
+            raise UserError(
+                f"{directory / 'preprocessor_config.json'}: {key}: wanted {wanted}, as vision_config of config.json "
+                f"has it, came {came}. The two files belong to different models: copy both from one."
+            )
 
 
 def make_updater(config: Config, system: System, num_updates: int, loss: LossConfig) -> Updater:

@@ -134,6 +134,11 @@ def spoil_not_safetensors(model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"not weights")
 
 
+def spoil_patches(model: Path) -> None:
+    path = model / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temporal_patch_size": 1}))
+
+
 def spoil_architecture(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
@@ -172,6 +177,7 @@ def spoil_preprocessor(model: Path) -> None:
         (spoil_nothing_there, "*.safetensors"),
         (spoil_truncated, "model.safetensors"),
         (spoil_not_safetensors, "model.safetensors"),
+        (spoil_patches, "temporal_patch_size"),
         (spoil_architecture, "llama"),
         (spoil_shape, "shape"),
         (spoil_layers, "missing"),

@@ -400,6 +400,18 @@ def test_a_stop_string_in_a_prefix_stops_nothing(loaded: Loaded) -> None:
     assert_same([found[place]], [forced[place].completion])
 
 
+def test_a_prompt_that_ends_in_an_image_is_refused(loaded: Loaded) -> None:
+    """Catches tokens drawn behind an image pad that was fed as text: wrong, and nothing would say so."""
+    prompt = loaded.prompts[0]
+    cut = int(np.flatnonzero(prompt.image_index >= 0)[-1]) + 1
+    short = dataclasses.replace(
+        prompt, token_ids=prompt.token_ids[:cut], positions=prompt.positions[:, :cut],
+        image_index=prompt.image_index[:cut],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="ends in an image"):
+        loaded.generate([Request(short, 0)], ends=())
+
+
 # --- counters -------------------------------------------------------------------------------------------------------
 
 

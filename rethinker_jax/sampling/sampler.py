@@ -116,9 +116,13 @@ class Sampler:
 
         Each distinct prompt is prefilled once. `num_prompts` pads their number, so that few shapes are compiled.
         `on_finished` is given the completions that ended since the last look, each with the number of its request,
-        while the device draws the others; a look that finds none gives an empty list.
+        while the device draws the others; a look that finds none gives an empty list. Raises ValueError for a prompt
+        that ends in an image: its last token is fed again, as text.
         """
         prompts = list({id(request.prompt): request.prompt for request in requests}.values())
+        for prompt in prompts:
+            if prompt.image_index[-1] >= 0:
+                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
         batch = self._pack(prompts, num_prompts or len(prompts))
         prefilled = self._prefill(params, batch)
         num_slots = min(settings.num_slots or len(requests), len(requests))
