@@ -1,26 +1,28 @@
 """The pool under fire: hanging, killed and stopped workers lose no item, harm no other, and never reach the caller."""
 
+import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.errors import UserError
+from rethinker_jax.verify.extract import extract
 from rethinker_jax.verify.judge import JudgeItem, judge
 from rethinker_jax.verify.pool import VerifierPool
-from rethinker_jax.verify.process import WorkerProcess
+from rethinker_jax.verify.process import CpuLimitPassed, WorkerProcess
+from rethinker_jax.verify.worker import AddressSpace, serve
 
 CONFIG = VerifierConfig(num_workers=1, deadline_s=2.0, cpu_limit_s=0.4)
-# No polynomial, so the comparison solves both equations; that takes many seconds.
-SLOW = JudgeItem(r"\boxed{x^{7}+3x^{5}\sin x+e^x=y^x}", "x^2+y=1")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,30 @@ def boxed(answer: object, gold: object) -> JudgeItem:
     return JudgeItem(rf"\boxed{{{answer}}}", str(gold))
 
 
-def wait_until(condition, seconds: float = 20.0) -> None:
+def slow(num_options: int) -> JudgeItem:
+    """About half a millisecond of CPU for each option: the answer is compared with every one of them."""
+    options = tuple(rf"\sqrt{{{i}}}+x" for i in range(1000, 1000 + num_options))
+    return JudgeItem(r"\boxed{x+\sqrt{7}}", "A", options)
+
+
+SLOW = slow(5000)
+
+
+def message(item: JudgeItem, number: int = 0) -> dict[str, object]:
+    """What the pool sends to a worker."""
+    found = extract(item.response)
+    return {
+        "n": number, "extracted": found.text, "rule": found.rule,
+        "answer": item.answer, "choices": item.choices, "type": item.type,
+    }  # fmt: skip
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -68,28 +93,116 @@ def test_an_answer_that_burns_cpu_is_a_timeout_and_the_rest_is_judged(pool: Veri
     assert pool.counts["wall_timeouts"] == before.get("wall_timeouts", 0)
 
 
-def test_a_stopped_worker_runs_into_the_wall_clock_and_that_is_not_remembered() -> None:
-    """Catches waiting for ever on a worker that does nothing, and a verdict of the machine's load kept in the cache."""
-    with VerifierPool(VerifierConfig(num_workers=1, deadline_s=0.4, cpu_limit_s=0.3)) as pool:
+def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_not_remembered() -> None:
+    """Catches waiting for ever on a worker that does nothing, blaming the item at once, and a cached verdict of it."""
+    with VerifierPool(VerifierConfig(num_workers=1, deadline_s=0.4, cpu_limit_s=30.0)) as pool:
         assert pool.judge_many([boxed(1, 1)])[0].correct
         os.kill(pool.worker_pids[0], signal.SIGSTOP)
         verdicts = pool.judge_many([boxed(2, 2), boxed(3, 3)])
-        assert [(v.verdict, v.rule) for v in verdicts] == [("timeout", "deadline"), ("correct", "number:integer")]
+        assert [v.verdict for v in verdicts] == ["correct", "correct"] and pool.counts["retries"] == 1
+
+        at_item = cpu_seconds(pool.worker_pids[0]) + 0.3  # more than starting takes
+        pending = pool.submit([SLOW, boxed(4, 4)])
+        for _ in range(2):
+            wait_until(lambda: bool(pool.worker_pids))
+            pid = pool.worker_pids[0]
+            wait_until(lambda pid=pid: cpu_seconds(pid) > at_item)
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda pid=pid: pid not in pool.worker_pids)
+        assert [(v.verdict, v.rule) for v in pending.result()] == [
+            ("timeout", "deadline"),
+            ("correct", "number:integer"),
+        ]
         assert pool.counts["wall_timeouts"] == 1
-        assert pool.judge_many([boxed(2, 2)])[0].correct
+        assert not pool.submit([SLOW]).done()
+
+
+def test_a_busy_machine_times_nothing_out() -> None:
+    """Four workers and four other processes share one core; an item needs half its deadline of CPU, four of wall clock.
+
+    Catches a deadline that counts the time in which the worker waits for the core, or its items in the queue.
+    """
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        with VerifierPool(VerifierConfig(num_workers=4, deadline_s=0.3, cpu_limit_s=10.0)) as pool:
+            assert pool.judge_many([boxed(1, 1)])[0].correct
+            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+            verdicts = pool.judge_many([slow(300 + i) for i in range(12)])
+            assert {v.verdict for v in verdicts} == {"wrong"}
+            assert pool.counts.get("retries", 0) == pool.counts.get("wall_timeouts", 0) == 0
+            assert max(v.ms for v in verdicts) > 300, "no item ran past the deadline: the machine was not busy"
+    finally:
+        os.sched_setaffinity(0, cores)
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def test_code_that_does_not_return_to_python_is_ended_by_the_parent() -> None:
+    """The worker's own limit is out of reach here, as its signal is where a library computes in C."""
+    worker = WorkerProcess(VerifierConfig(cpu_limit_s=100.0))
+    try:
+        worker.wait_ready()
+        worker.send(message(SLOW))
+        with pytest.raises(CpuLimitPassed):
+            worker.read_reply(deadline_s=0.1, cpu_limit_s=0.3)
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_has_grown_serves_no_further_item(tmp_path: Path) -> None:
+    """Catches memory that adds up over items until an innocent one meets the limit."""
+    space = AddressSpace(max_growth=2**25)
+    assert not space.grown()
+    block = bytearray(2**27)
+    assert space.grown()
+    del block
+    items, replies = tmp_path / "items", tmp_path / "replies"
+    items.write_text("".join(json.dumps(message(boxed(i, i), i)) + "\n" for i in range(3)))
+    for max_growth, last in ((2**30, [False] * 3), (-1, [True])):
+        with items.open("rb") as source, replies.open("wb") as sink:
+            serve(source, sink, cpu_limit_s=5.0, max_growth=max_growth)
+        assert [json.loads(line)["last"] for line in replies.read_text().splitlines()] == last
 
 
 def test_killed_workers_lose_no_item() -> None:
-    """Catches items that vanish with the process that held them, or that are judged twice into the wrong place."""
-    with VerifierPool(VerifierConfig(num_workers=2)) as pool:
-        items = [boxed(f"x^2+{i}", f"{i // 2 * 2}+x^2") for i in range(200)]
+    """Catches items that vanish with the process that held them, innocent ones called `crash`, verdicts in the wrong
+    place, and a pool that gives up because workers were also killed while they started."""
+    rng = random.Random(0)
+    right = [rng.random() < 0.5 for _ in range(2000)]
+    items = [boxed(f"x^2+{i}", f"{i + (not right[i])}+x^2") for i in range(2000)]
+    expected = [("correct" if right[i] else "wrong", f"x^2+{i}") for i in range(2000)]
+    with VerifierPool(VerifierConfig(num_workers=3)) as pool:
         pending = pool.submit(items)
-        for target in (20, 100):
+        for target in range(250, 2000, 250):
             wait_until(lambda target=target: pending.num_done() >= target)
-            os.kill(pool.worker_pids[0], signal.SIGKILL)
+            os.kill(rng.choice(pool.worker_pids), signal.SIGKILL)
         verdicts = pending.result()
-        assert [v.verdict for v in verdicts] == ["correct" if i % 2 == 0 else "wrong" for i in range(200)]
-        assert pool.counts["restarts"] >= 2
+        assert pool.counts["restarts"] >= 7 and pool.counts["retries"] >= 3
+    assert [(v.verdict, v.extracted) for v in verdicts] == expected
+
+
+def test_being_killed_is_not_the_items_fault_but_dying_is() -> None:
+    """A kill and two segmentation faults are borne, the third fault at one item is its `crash`.
+
+    Catches a count that takes the kill for the item's own (`crash` at the second fault), and one that never ends.
+    """
+    with VerifierPool(VerifierConfig(num_workers=1, cpu_limit_s=30.0)) as pool:
+        assert pool.judge_many([boxed(1, 1)])[0].correct
+        at_item = cpu_seconds(pool.worker_pids[0]) + 0.4  # more than starting takes
+        pending = pool.submit([SLOW, boxed(2, 2)])
+        for number, sent in enumerate([signal.SIGKILL] + [signal.SIGSEGV] * 3):
+            wait_until(lambda: bool(pool.worker_pids))
+            pid = pool.worker_pids[0]
+            wait_until(lambda pid=pid: cpu_seconds(pid) > at_item)
+            assert pool.counts.get("retries", 0) == number
+            os.kill(pid, sent)
+            wait_until(lambda pid=pid: pid not in pool.worker_pids)
+        verdicts = pending.result()
+        assert [(v.verdict, v.rule) for v in verdicts] == [("crash", "worker_died"), ("correct", "number:integer")]
+        assert verdicts[0].reward == 0.0 and pool.counts["crash"] == 1
 
 
 def test_an_idle_worker_that_died_is_replaced() -> None:
@@ -167,125 +280,47 @@ def test_a_worker_that_cannot_start_is_said_with_the_reason() -> None:
         pool.judge_many([boxed(1, 1)])
 
 
+def test_a_pool_that_may_open_no_files_says_so() -> None:
+    """Catches a thread that ends with the error while its caller waits for ever."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), hard))
+    try:
+        with VerifierPool(CONFIG) as pool, pytest.raises(UserError, match="Too many open files"):
+            pool.judge_many([boxed(1, 1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_workers_end_with_a_parent_that_was_killed() -> None:
+    """Catches orphans that sit on memory after `kill -9` of a run."""
+    code = (
+        "import os\n"
+        "from rethinker_jax.config import VerifierConfig\n"
+        "from rethinker_jax.verify.pool import JudgeItem, VerifierPool\n"
+        "pool = VerifierPool(VerifierConfig())\n"
+        "pool.judge_many([JudgeItem('1', '1')])\n"
+        "print(pool.worker_pids[0], flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
+    assert said.returncode == -signal.SIGKILL
+    wait_until(lambda: not Path(f"/proc/{int(said.stdout)}/stat").exists())
+
+
 def test_the_worker_never_loads_an_accelerator_library() -> None:
     """A worker that imports jax may seize the TPU from the trainer. It reports from its own `sys.modules`."""
     worker = WorkerProcess(CONFIG)
     try:
         assert worker.wait_ready()["accelerator_modules"] == []
-        worker.send({"n": 0, "extracted": "x+1", "rule": "boxed", "answer": "1+x", "choices": [], "type": "auto"})
-        assert worker.read_line(5.0)["verdict"] == "correct"
+        worker.send(message(boxed("x+1", "1+x")))
+        assert worker.read_reply(5.0, 5.0)["verdict"] == "correct"
     finally:
         worker.close()
 
 
 def test_importing_the_pool_and_the_command_loads_no_jax() -> None:
     code = (
-        "import sys, rethinker_jax.verify.pool, rethinker_jax.verify.command, rethinker_jax.verify.rewards\n"
+        "import sys, rethinker_jax.verify.pool, rethinker_jax.verify.command, rethinker_jax.rewards.scorer\n"
         "assert not {'jax', 'jaxlib', 'flax', 'sympy'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-ATTACKS = [
-    "9^{9^{9^9}}",
-    "10^{10^{10}}",
-    "2^{10^9}",
-    "1000000!",
-    "((10!)!)!",
-    r"\binom{10^9}{5\cdot 10^8}",
-    r"\sum_{k=1}^{10^9} 1/k^2",
-    r"\prod_{k=1}^{10^7} k",
-    r"\sin(10^{10^8})",
-    "(x+1)^{10^6}",
-    "(1+i)^{1000001}",
-    "x^{10^9}=1",
-    "{" * 2000 + "1" + "}" * 2000,
-    "(" * 800 + "1" + ")" * 800,
-    r"\sin(" * 100 + "1" + ")" * 100,
-    "1+" * 30000 + "1",
-    "a" * 100000,
-    r"\frac{" * 3000,
-    "1 " * 30000,
-    "9" * 100000,
-    "9" * 4301,
-    r"\boxed{" * 1000 + "1" + "}" * 1000,
-    "\x00\x01",
-    r"e^{e^{e^{e^{10}}}}",
-    "1e999999999",
-    "10^{999999}",
-    r"\frac{1}{0}",
-    "0^{-1}",
-    "x^{x^{x^{x}}}",
-    "a," * 9000,
-    r"10^{(5^{5^{5^{5^5}}} \cdot \log_{10}(5)} - 4)}",
-    "(((2^{400})^{400})^{400})^{400}",
-]
-
-
-def test_no_attack_passes_or_lasts(pool: VerifierPool) -> None:
-    """Towers, factorials, nesting, length: all false, and each within the deadline."""
-    golds = ("5", "x^2+1", "B", "1, 2", "x=3", "3 cm", "cat")
-    started = time.monotonic()
-    verdicts = pool.judge_many([boxed(attack, gold) for attack in ATTACKS for gold in golds])
-    seconds = time.monotonic() - started
-    right = [v.extracted for v in verdicts if v.correct]
-    assert right == []
-    assert {v.verdict for v in verdicts} <= {"wrong", "no_answer", "timeout"}
-    assert max(v.ms for v in verdicts) <= 2000 and seconds < 20
-
-
-PIECES = st.sampled_from(
-    [
-        r"\frac{",
-        "}",
-        "{",
-        r"\sqrt",
-        "^",
-        "_",
-        "1",
-        "23",
-        "x",
-        "y",
-        "(",
-        ")",
-        "[",
-        "]",
-        ",",
-        "=",
-        "<",
-        r"\pi",
-        " ",
-        "+",
-        "-",
-        "!",
-        "°",
-        "½",
-        "%",
-        r"\text{",
-        "cm",
-        "or",
-        "A",
-        r"\boxed{",
-        ".",
-        "/",
-        r"\infty",
-        r"\cup",
-        "e",
-        "\\",
-        "$",
-        "²",
-        ":",
-        "\u202e",
-    ]
-)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    answer=st.one_of(st.lists(PIECES, max_size=14).map("".join), st.text(max_size=30)),
-    gold=st.sampled_from(["7", "x+1", "B", "1,2", "5 cm", "cat", "x<3"]),
-)
-def test_nonsense_gets_a_verdict(pool: VerifierPool, answer: str, gold: str) -> None:
-    """Catches an exception of a parser that reaches the worker's border as a crash."""
-    verdict = pool.judge_many([JudgeItem(rf"\boxed{{{answer}}}", gold)])[0]
-    assert verdict.verdict in ("correct", "wrong", "no_answer", "timeout"), verdict
