@@ -12,6 +12,8 @@ from rethinker_jax.sampling.sampler import Counters
 from rethinker_jax.training.batch import TrainBatch
 from rethinker_jax.types import Verdict
 
+NOT_CORRECT = ("wrong", "no_answer", "bad_gold", "timeout", "crash")
+
 
 def share(values: Sequence[Any]) -> float:
     """Mean, or NaN where there is nothing to average."""
@@ -58,8 +60,9 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
         "right_to_wrong": share(
             [not right for one, right in zip(forced, repaired, strict=True) if one.first_verdict.correct]
         ),
-        "no_answer_share": share([verdict == "no_answer" for verdict in verdicts]),
-        "verifier_failed_share": share([verdict in ("timeout", "crash", "bad_gold") for verdict in verdicts]),
+        # With `accuracy` they sum to 1: no verdict is silent.
+        **{f"{name}_share": share([verdict == name for verdict in verdicts]) for name in NOT_CORRECT},
+        "verdict_ms": share([one.first_verdict.ms for one in rollouts]),
         "slot_utilisation": counters.busy_steps / max(counters.slot_steps, 1),
         "images_encoded": counters.images,
         "prompts_prefilled": counters.prompts,

@@ -45,6 +45,7 @@ CLOCKS = (
     "seconds_waiting_for_verdicts",
     "tokens_per_second",
     "seconds",
+    "verdict_ms",
 )
 
 
