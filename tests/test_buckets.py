@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import random
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -71,7 +72,16 @@ def make_prompt(system: System, name: str, sizes: list[tuple[int, int]], num_wor
 
 
 @pytest.fixture(scope="module")
-def run() -> Run:
+def quick_compilation() -> Iterator[None]:
+    """Compiling is most of what these tests cost."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def run(quick_compilation: None) -> Run:
     config = Config(model=ModelConfig(init="random"), buckets=BUCKETS, data=DataConfig(prompt_template="none"))
     system, compiled = load_system(config), CompileCounter()
     updater = make_updater(config, system, 1000, LossConfig())

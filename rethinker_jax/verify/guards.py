@@ -10,12 +10,16 @@ MAX_CHARS = 512  # of one value: a number, an expression, an equation
 MAX_LIST_CHARS = 4000  # of a list of values, or of text
 MAX_TEXT_CHARS = 20_000  # of any answer or gold at all (lists of boxes are long)
 MAX_NESTING = 24
+MAX_PARSER_NESTING = 8  # of what goes to math-verify: its parser takes a second for 16 brackets
 MAX_DIGITS = 40  # of one number
 MAX_EXPONENT = 400  # of a number with a number as its base
 MAX_SYMBOLIC_EXPONENT = 40
 MAX_FACTORIAL = 40
 MAX_OPERATORS = 120
 MAX_ITEMS = 64  # of a set, tuple or matrix
+MAX_STRUCTURE_NESTING = 4  # of lists, sets and tuples in each other
+MAX_REWRITTEN = 24  # items of a set or list that are written otherwise than the gold's: each is compared with each
+MAX_CHOICES = 64
 
 _FORBIDDEN = re.compile(
     r"\\(?:sum|prod|coprod|i*int|oint|lim|limsup|liminf|bigcup|bigcap|Gamma|zeta|det|gcd|lcm|max|min|sup|inf|forall|exists|"
@@ -35,7 +39,7 @@ def refusal(text: str) -> str | None:
     """The name of the guard that keeps `text` away from algebra, or None when it may pass."""
     if len(text) > MAX_CHARS:
         return "length"
-    if _nesting(text) > MAX_NESTING or text.count("|") > MAX_NESTING or _CHAIN.search(text):
+    if nesting(text) > MAX_NESTING or text.count("|") > MAX_NESTING or _CHAIN.search(text):
         return "nesting"
     if _DIGITS.search(text):
         return "digits"
@@ -48,7 +52,8 @@ def refusal(text: str) -> str | None:
     return _factorial(text) or _powers(text)
 
 
-def _nesting(text: str) -> int:
+def nesting(text: str) -> int:
+    """How deep brackets stand in each other."""
     depth = deepest = 0
     for c in text:
         if c in "{([":
@@ -71,6 +76,7 @@ def _factorial(text: str) -> str | None:
 
 def _powers(text: str) -> str | None:
     """Refuses towers of numbers and exponents that are large for what they stand on."""
+    totals: dict[int, int] = {}  # of every `^`: its exponent times the largest that its base holds
     for match in re.finditer(r"\^", text):
         exponent = _argument(text, match.end())
         numbers = [abs(int(n)) for n in re.findall(r"\d+", exponent)]
@@ -82,10 +88,26 @@ def _powers(text: str) -> str | None:
         symbolic = bool(_SYMBOLIC_BASE.search(text[: match.start()]))
         if largest > (MAX_SYMBOLIC_EXPONENT if symbolic else MAX_EXPONENT):
             return "exponent"
+        base = _group_before(text, match.start())
+        held = max((total for at, total in totals.items() if at in base), default=1)
+        totals[match.start()] = total = held * max(largest, 1)
+        if held > 1 and total > MAX_EXPONENT:  # ((10^9)^9)^9
+            return "exponent"
         before = re.search(r"(\d+)\s*$", text[: match.start()])
         if before and len(before.group(1)) * largest > 2 * MAX_EXPONENT:
             return "exponent"
     return None
+
+
+def _group_before(text: str, end: int) -> range:
+    """The places of the group that ends before `end`; empty where none does."""
+    end = len(text[:end].rstrip())
+    depth = 0
+    for at in range(end - 1, -1, -1):
+        depth += (text[at] in ")]}") - (text[at] in "([{")
+        if depth <= 0:
+            return range(at, end - 1)
+    return range(0, end)
 
 
 def _argument(text: str, start: int) -> str:

@@ -27,7 +27,7 @@ from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify import boxes, guards
 from rethinker_jax.verify.choices import chosen_letters, gold_letters, option_texts
 from rethinker_jax.verify.extract import extract
-from rethinker_jax.verify.kinds import KINDS, compare, kind_of, same
+from rethinker_jax.verify.kinds import KINDS, compare, kind_of, refuse_gold, same
 from rethinker_jax.verify.normalize import clean, key
 from rethinker_jax.verify.texts import is_yes_no
 
@@ -99,13 +99,12 @@ def read_gold(answer: str, choices: tuple[str, ...] = (), type: str = "auto") ->
         return Gold("mcq", text, (), gold_letters(text, (), same) or frozenset())
     if kind == "yesno" and not is_yes_no(text):
         kind = kind_of(text)
-    problem = ""
-    if kind in ("expression", "equation") and guards.refusal(text):
-        problem = f"guard_{guards.refusal(text)}"
-    return Gold(kind, text, problem=problem)
+    return Gold(kind, text, problem=_problem(kind, text))
 
 
 def _read_choice(text: str, choices: Sequence[str], strict: bool) -> Gold:
+    if len(choices) > guards.MAX_CHOICES or max(map(len, choices), default=0) > guards.MAX_LIST_CHARS:
+        return Gold("mcq", text, problem="choices_too_many" if len(choices) > guards.MAX_CHOICES else "too_long")
     options = option_texts(tuple(clean(choice) for choice in choices))
     letters = gold_letters(text, options, same, letters_wanted=strict)
     if letters:
@@ -115,7 +114,12 @@ def _read_choice(text: str, choices: Sequence[str], strict: bool) -> Gold:
     kind = kind_of(text)
     if kind == "mcq":  # a letter beyond the last option
         return Gold("mcq", text, options, problem="not_an_option")
-    return Gold(kind, text)
+    return Gold(kind, text, problem=_problem(kind, text))
+
+
+def _problem(kind: str, text: str) -> str:
+    guard = refuse_gold(kind, text)
+    return f"guard_{guard}" if guard else ""
 
 
 def check_gold(answer: str, choices: Sequence[str] = (), type: str = "auto") -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from rethinker_jax.verify import boxes, structures, symbolic, texts
-from rethinker_jax.verify.guards import MAX_CHARS
+from rethinker_jax.verify.guards import MAX_CHARS, MAX_STRUCTURE_NESTING, refusal
 from rethinker_jax.verify.normalize import clean, key, plain, split_name
 from rethinker_jax.verify.numbers import parse_integer
 from rethinker_jax.verify.quantities import Quantity, parse_quantity
@@ -16,25 +16,15 @@ KINDS = (
     "yesno", "text", "count", "chem", "datetime", "ratio", "bearing", "bbox",
 )  # fmt: skip
 
-_SCALARS = {
-    "number",
-    "units",
-    "percent",
-    "fraction",
-    "expression",
-    "equation",
-    "count",
-    "ratio",
-    "bearing",
-    "datetime",
-    "yesno",
-}
+_STRUCTURES = {"set", "tuple", "matrix", "interval", "bbox"}
 
 
 def kind_of(gold: str) -> str:
     """The kind of a cleaned gold without options."""
     if parse_integer(gold) is not None:
         return "number"
+    if len(gold) > MAX_CHARS:
+        return _kind_of_long(gold)
     if re.fullmatch(r"\(?[A-K]\)?", gold):
         return "mcq"
     if texts.is_yes_no(gold):
@@ -66,6 +56,23 @@ def kind_of(gold: str) -> str:
     if not re.search(r"[\da-zA-Z]", expression):
         return "text"
     return "equation" if not name and RELATION.search(gold) else "expression"
+
+
+def _kind_of_long(gold: str) -> str:
+    """The kind of what is too long for one value."""
+    value = split_name(gold)[1]
+    if structures.parse_matrix(value):
+        return "matrix"
+    return _structure_kind(gold, value) or ("text" if symbolic.has_words(value) else "expression")
+
+
+def refuse_gold(kind: str, gold: str) -> str:
+    """The guard that a cleaned gold of a kind breaks ("" for none), so that nothing could be compared with it."""
+    if kind in _STRUCTURES:
+        return "nesting" if structures.nesting(gold) > MAX_STRUCTURE_NESTING else ""
+    if len(gold) > MAX_CHARS:
+        return "length"
+    return (refusal(gold) or "") if kind in ("expression", "equation") else ""
 
 
 def _number_kind(value: str, quantity: Quantity) -> str:
@@ -106,8 +113,10 @@ def compare(kind: str, gold: str, answer: str) -> Result:
         return True, "same_text"
     if texts.is_empty_set(gold):
         return texts.is_empty_set(answer), "empty_set"
-    if kind in _SCALARS and len(answer) > MAX_CHARS:
+    if kind not in _STRUCTURES and len(answer) > MAX_CHARS:
         return False, "guard_length"
+    if refuse_gold(kind, gold):
+        return False, "guard_gold"
     try:
         return _COMPARISONS.get(kind, compare_scalar)(gold, answer)
     except RecursionError:  # one of them nests deeper than parsers and sympy can follow, in signs that no guard counts

@@ -53,6 +53,7 @@ _LOST_TEXT = re.compile(
     r"(?:(?<=[\d})])|(?<=\\pi))(?<!array\})\s*\{\s*(square|sq|cubic)?\s*([a-z]{4,}|cm|mm|km|ft|min|sec|deg)\s*\}"
 )
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_UPRIGHT = re.compile(r"\\text\{((?:[^{}]++|\{[^{}]*+\})*+)\}")  # whole formulas are set upright where it holds groups
 _MATH_ENDS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'))
 
 
@@ -142,9 +143,7 @@ def _fonts(text: str) -> str:
         if flat == text:
             break
         text = flat
-    text = re.sub(
-        r"\\text\{((?:[^{}]|\{[^{}]*\})*\{[^{}]*\}(?:[^{}]|\{[^{}]*\})*)\}", r"\1", text
-    )  # formulas set upright
+    text = _UPRIGHT.sub(lambda m: m.group(1) if "{" in m.group(1) else m.group(), text)
     return re.sub(
         r"\\text\{\s*([a-z]+)\s*\}", lambda m: f"\\{m.group(1)} " if m.group(1) in _FUNCTIONS else m.group(), text
     )

@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 
 from rethinker_jax.verify import symbolic
-from rethinker_jax.verify.guards import refusal
+from rethinker_jax.verify.guards import MAX_CHARS, refusal
 from rethinker_jax.verify.normalize import key, split_name
 from rethinker_jax.verify.numbers import Number, same_number
 from rethinker_jax.verify.quantities import Quantity, parse_quantity, same_quantity
@@ -20,6 +20,8 @@ _LIST = re.compile(
 
 def compare_scalar(gold: str, answer: str) -> Result:
     """One value: a number, a quantity, an expression, with or without the name it is given."""
+    if max(len(gold), len(answer)) > MAX_CHARS:
+        return False, "guard_length"
     gold_name, gold_value = split_name(gold)
     name, value = split_name(answer)
     if _names_differ(gold_name, name):

@@ -8,9 +8,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from rethinker_jax.verify.guards import MAX_ITEMS
-from rethinker_jax.verify.normalize import closes_at_end, plain, split_name
+from rethinker_jax.verify.guards import MAX_ITEMS, MAX_REWRITTEN
+from rethinker_jax.verify.normalize import closes_at_end, key, plain, split_name
 
+MAX_SIGNS = 3  # plus-minus signs of one item: n of them stand for 2^n items
 Same = Callable[[str, str], bool]
 _JOIN = re.compile(
     r"\s*(?:\\text\{\s*(and|or)\s*\}|(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-zA-Z]))\s*",
@@ -42,6 +43,22 @@ def split_top(text: str, separators: str = ",;") -> list[str]:
     return items
 
 
+def nesting(text: str) -> int:
+    """How deep brackets that hold separators stand in each other, the whole text as the first where it has any."""
+    text = _JOIN.sub(";", text)
+    levels = [(False, 0)]  # of each open bracket: does it hold a separator itself, the depth inside
+    for c in text + ")" * sum(map(text.count, "([{")):
+        if c in "([{":
+            levels.append((False, 0))
+        elif c in ",;":
+            levels[-1] = (True, levels[-1][1])
+        elif c in ")]}" and len(levels) > 1:
+            separated, depth = levels.pop()
+            levels[-1] = (levels[-1][0], max(levels[-1][1], depth + separated))
+    separated, depth = levels[0]
+    return depth + separated
+
+
 def split_list(text: str) -> list[str]:
     """The items of a bare list: commas, semicolons, `and`, `or`; `\\pm` gives two."""
     if len(text) > 20_000:
@@ -58,7 +75,7 @@ def _one_thousands(text: str) -> bool:
 
 
 def _both_signs(item: str) -> list[str]:
-    if r"\pm" not in item:
+    if not 1 <= item.count(r"\pm") <= MAX_SIGNS:
         return [item]
     return [item.replace(r"\pm", "+" if item.split(r"\pm")[0].strip() else "", 1), item.replace(r"\pm", "-", 1)]
 
@@ -144,14 +161,29 @@ def _ordered(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
 
 
 def _unordered(gold: Sequence[str], answer: Sequence[str], same: Same) -> bool:
-    """Greedy is exact here: being the same is an equivalence."""
-    left = list(answer)
-    for item in gold:
+    """Pairs off what is written alike, then greedily, which is exact: being the same is an equivalence."""
+    written: dict[str, list[str]] = {}
+    for item in answer:
+        written.setdefault(key(item), []).append(item)
+    rest = [item for item in gold if not _take(written, key(item))]
+    left = [item for items in written.values() for item in items]
+    if len(rest) > MAX_REWRITTEN:
+        return False
+    for item in rest:
         match = next((i for i, other in enumerate(left) if same(item, other)), None)
         if match is None:
             return False
         left.pop(match)
     return not left
+
+
+def _take(written: dict[str, list[str]], name: str) -> bool:
+    """Takes one item of that name out, if there is any."""
+    items = written.get(name)
+    if not items:
+        return False
+    items.pop()
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

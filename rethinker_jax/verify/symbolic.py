@@ -13,23 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 from rethinker_jax.verify.formulas import BARE_LOG, FUNCTIONS, Unread, has, names_in, read_formula
-from rethinker_jax.verify.guards import refusal
+from rethinker_jax.verify.guards import MAX_PARSER_NESTING, nesting, refusal
 from rethinker_jax.verify.normalize import plain
 from rethinker_jax.verify.values import constant_value, point_of, same_equations, same_values
 
 MAX_DEGREE = 12  # of polynomials whose zeros are compared
-_WARM_UP = (
-    (r"\frac{1}{2}+\sqrt{2}", r"\sqrt[3]{2}-3\pi"),
-    ("x^2-1", "(x-1)(x+1)"),
-    (r"2\pi r^2+\sin x", r"2\pi r^2+\cos x"),
-    (r"e^{2x}", r"\ln 2"),
-    ("2x+4y=6", "x+2y=3"),
-    ("x^2=4", "x=2"),
-    ("0<x+1<3", "x>2"),
-    (r"|x|", r"\sqrt{x^2}"),
-    (r"\log_2 8", "5!"),
-    (r"(1+i)^2", "2i"),
-)
+# What every item that comes here needs; more would be paid by each worker that starts.
+_WARM_UP = ((r"\frac{1}{2}+\sqrt{2}", "(x-1)^2"), ("2x+4y=6", "x+2y=3"))
 _FUNCTIONS = {*FUNCTIONS, "sqrt", "abs", "asin", "acos", "atan"}
 _HEDGES = {
     *("or", "and", "not", "if", "is", "to", "no", "so", "it", "as", "be", "by", "in", "of", "on", "vs", "nor", "but"),
@@ -48,7 +38,7 @@ class Unparsed(Exception):
 
 
 def import_libraries() -> None:
-    """Loads sympy and math-verify and builds the parser's tables now, so that no item pays for it."""
+    """Loads sympy and math-verify and builds the parser's commonest tables now, so that no item pays for it."""
     for gold, answer in _WARM_UP:
         same_expression(gold, answer)
         _by_sympy(gold, answer)
@@ -67,6 +57,8 @@ def has_words(text: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _parse(text: str) -> Any:
+    if nesting(text) > MAX_PARSER_NESTING:
+        raise Unparsed
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 

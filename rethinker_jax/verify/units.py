@@ -125,6 +125,7 @@ _add("kWh", _ENERGY, 3600000)
 _add("F farad farads", {"mass": -1, "length": -2, "time": 4, "current": 2})
 _add("μF", {"mass": -1, "length": -2, "time": 4, "current": 2}, "1/1000000")
 _add("dB", {"decibel": 1})
+MAX_UNIT_CHARS = 80  # of a unit behind an expression
 _SPEEDS = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "mps": "m/s", "rpm": "", "fps": "ft/s"}
 _NO_UNIT = {"unit", "units", "square units", "cubic units", "sq units", "sq. units", "u", "su"}
 _PER = re.compile(r"\bper\b|\ban?(?= (?:hour|minute|second|day|week|year|month)\b)|\\div|÷")
@@ -298,6 +299,8 @@ def split_unit(text: str) -> tuple[str, Unit]:
     if bare.endswith("%"):
         return bare[:-1].strip(), Unit(scale=Fraction(1, 100), percent=True)
     for run in re.finditer(r"(?<![\\a-zA-Z])(?:[a-zA-ZμΩ]+|°)", bare):
+        if len(bare) - run.start() > MAX_UNIT_CHARS:
+            continue
         suffix, before = bare[run.start() :], bare[: run.start()]
         if not before.strip():
             continue
