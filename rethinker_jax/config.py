@@ -128,7 +128,8 @@ class BucketsConfig:
 
     prompt_tokens: tuple[Positive, ...] = ()  # of the longest prompt of a rollout batch
     row_tokens: tuple[Positive, ...] = ()  # prompt and completion, in the update
-    vision: tuple[tuple[Positive, Positive], ...] = ()  # (rows, windows a row) of the vision tower
+    # (rows, windows a row) of the vision tower; rows that data x fsdp does not divide are passed over.
+    vision: tuple[tuple[Positive, Positive], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

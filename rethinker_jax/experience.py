@@ -11,6 +11,7 @@ from rethinker_jax import consistency, replay, rethink
 from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config
 from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.rollout import Group, budgets_of
 from rethinker_jax.step_metrics import share
 from rethinker_jax.system import System
@@ -106,7 +107,8 @@ def make_batches(
     rows = [row(one, first_update) for one in chosen.fresh] + [row(one, False) for one in replayed]
     size = config.training.batch_size
     micro = config.training.micro_batch_size or size
-    return pack_micro_batches(rows, system.geometry, longest_completion(config, system), size, micro, config.buckets)
+    length, shards = longest_completion(config, system), row_shards(system.mesh)
+    return pack_micro_batches(rows, system.geometry, length, size, micro, config.buckets, shards)
 
 
 def longest_completion(config: Config, system: System) -> int:
@@ -124,9 +126,10 @@ def teacher_forced(
 ) -> list[np.ndarray]:
     """float32 [length] log-probs of every row's completion under `params`, in batches of one shape."""
     size, found = config.training.micro_batch_size or config.training.batch_size, []
+    length, shards = longest_completion(config, system), row_shards(system.mesh)
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
-        batch = pack_rows(chunk, system.geometry, longest_completion(config, system), size, config.buckets)
+        batch = pack_rows(chunk, system.geometry, length, size, config.buckets, shards)
         values = np.asarray(jax.device_get(updater.log_probs(params, batch)), np.float32)
         found += [values[place, : len(row.completion_ids)] for place, row in enumerate(chunk)]
     return found

@@ -57,7 +57,9 @@ def export(source: Path, output: Path) -> Path:
     with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
         if store.latest_step is None:
             raise UserError(f"export: {store.directory} holds no complete checkpoint. Let the run reach its first one.")
-        saved = store.restore(updater.init(system.params), system.mesh, step)
+        shapes = updater.shapes(system.params)
+        system.drop_params()
+        saved = store.restore(shapes, system.mesh, step)
     write_model_directory(system.directory, output, system.model.config, system.merged_params(saved.state.params))
     print(output)
     return output

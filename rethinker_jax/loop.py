@@ -146,10 +146,11 @@ def begin(
     rows_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     num_updates = config.run.num_steps * (rows_per_step // config.training.batch_size)
     updater = make_updater(config, system, num_updates, config.loss)
-    state = updater.init(system.params)
     if store.latest_step is None:
-        return updater, Progress(0, state, (), None, started)
-    saved = store.restore(state, system.mesh)
+        return updater, Progress(0, updater.init(system.params), (), None, started)
+    shapes = updater.shapes(system.params)
+    system.drop_params()
+    saved = store.restore(shapes, system.mesh)
     if saved.meta["data"] != splits.hash:
         raise UserError(
             f"data.train: {config.data.train} does not hold the rows with which the run in {store.directory.parent} "

@@ -21,6 +21,10 @@ from rethinker_jax.mesh_spec import is_mesh_spec, parse_mesh
 
 PROGRAM = "python -m rethinker_jax.main"
 NOT_YET = ("evaluate", "plan")
+MEMORY_LEVERS = (
+    "Take more devices (--mesh), or lower sampling.num_slots, training.micro_batch_size or the token budgets, or set "
+    "model.remat=full, model.lora.rank or model.freeze (docs/recipes.md, Memory)."
+)
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^\s=]+)?=.*", re.DOTALL)
 _WORDS_HELP = """\
 CONFIG.yaml        a YAML file, or package:NAME for one that comes with the package
@@ -176,9 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, RuntimeError, ValueError) as error:
-        if not _is_disk_full(error):
+        if _is_disk_full(error):
+            print(f"error: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
+        elif "RESOURCE_EXHAUSTED" in str(error):  # jax's word for a device without room
+            said = str(error).partition("\n")[0].rstrip(".")
+            print(f"error: the device's memory does not suffice: {said}. {MEMORY_LEVERS}", file=sys.stderr)
+        else:
             raise
-        print(f"error: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
         return 2
     return 0
 

@@ -16,6 +16,7 @@ import numpy as np
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import UserError
+from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
@@ -104,7 +105,7 @@ def score(options: ScoreOptions, config: Config) -> None:
             for problem, tokens in zip(chunk, ids, strict=True):
                 none = np.zeros(len(tokens), bool)
                 rows.append(TrainRow(_prompt(system, problem), tokens, none, none, np.zeros(len(tokens), np.float32)))
-            batch = pack_rows(rows, system.geometry, max(map(len, ids)), size, config.buckets)
+            batch = pack_rows(rows, system.geometry, max(map(len, ids)), size, config.buckets, row_shards(system.mesh))
             log_probs = jax.device_get(updater.log_probs(system.params, batch))
             for problem, tokens, values in zip(chunk, ids, log_probs, strict=False):
                 found = [float(value) for value in values[: len(tokens)]]

@@ -19,6 +19,7 @@ from rethinker_jax.example.dataset import SFT_SEED, Stage, sft_examples
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.parts import count_parameters
+from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
@@ -143,10 +144,11 @@ def fine_tune(config: Config, name: str) -> Path:
 def begin(config: Config, system: System, rows: SftRows, store: CheckpointStore) -> tuple[Updater, TrainState, float]:
     """The state at the first step, or at the last checkpoint, and the seconds that earlier processes spent on it."""
     updater = make_updater(config, system, config.sft.num_steps, SFT_LOSS)
-    state = updater.init(system.params)
     if store.latest_step is None:
-        return updater, state, 0.0
-    saved = store.restore(state, system.mesh)
+        return updater, updater.init(system.params), 0.0
+    shapes = updater.shapes(system.params)
+    system.drop_params()
+    saved = store.restore(shapes, system.mesh)
     if saved.meta["data"] != rows.hash:
         raise UserError(
             f"sft.data: {config.sft.data} does not hold the rows with which the run in {store.directory.parent} began. "
@@ -214,7 +216,8 @@ def next_batches(
         raise UserError(f"step {step}: none of its {size} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     micro = config.training.micro_batch_size or size
     num_cut = sum(int(row.completion_ids[-1]) != end for row in made)
-    batches = pack_micro_batches(made, system.geometry, config.sft.max_completion_tokens, size, micro, config.buckets)
+    length, shards = config.sft.max_completion_tokens, row_shards(system.mesh)
+    batches = pack_micro_batches(made, system.geometry, length, size, micro, config.buckets, shards)
     return batches, num_cut / len(made)
 
 

@@ -50,6 +50,11 @@ class System:
         """Cast and reshard training parameters for the sampler."""
         return sampling_layout(self.model, params, self.mesh, self.dtype)
 
+    def drop_params(self) -> None:
+        """Frees the loaded weights, where a restored state takes their place."""
+        for leaf in jax.tree.leaves(self.params):
+            leaf.delete()
+
     def merged_params(self, params: Params) -> Params:
         """Training parameters as the original has them: adapters, if there are any, added to their kernels."""
         if "lora" not in params:
@@ -142,5 +147,5 @@ def _weights(config: Config, directory: Path, qwen: QwenConfig, mesh: Mesh) -> t
 def _adapters(config: Config, qwen: QwenConfig, mesh: Mesh) -> Params:
     lora = config.model.lora
     dims, shapes = adapter_layout(qwen, lora.rank, lora.targets, config.model.freeze)
-    adapters = init_adapters(dims, shapes, lora.alpha / lora.rank, config.run.seed)
-    return jax.device_put(adapters, param_shardings(dims, shapes, mesh, TRAINING_RULES))
+    shardings = param_shardings(dims, shapes, mesh, TRAINING_RULES)
+    return init_adapters(dims, shapes, shardings, lora.alpha / lora.rank, config.run.seed)

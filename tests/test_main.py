@@ -249,8 +249,13 @@ def wrapped_disk_full() -> ValueError:
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: the disk is full"),
         (wrapped_disk_full(), 2, "error: the disk is full"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nlong"),
+            2,
+            "99 bytes. Take more devices",
+        ),
     ],
-    ids=["user", "preempted", "stopped", "interrupted", "disk", "wrapped disk"],
+    ids=["user", "preempted", "stopped", "interrupted", "disk", "wrapped disk", "device memory"],
 )
 def test_exit_codes(error, code, part, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     assert ending(error, monkeypatch) == code

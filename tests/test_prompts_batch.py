@@ -137,12 +137,12 @@ def patches_of_token(batch, table_row):
 
 def test_rows_of_a_batch_hold_their_prompts_and_nothing_else(parts):
     prompts = [make_builder(parts).build(one) for one in PROBLEMS]
-    batch = pack_prompts(prompts, GEOMETRY, pad_id=3, seq_minimum=16, batch_size=6)
+    batch = pack_prompts(prompts, GEOMETRY, seq_minimum=16, batch_size=6)
     text = batch.text
     assert text.token_ids.shape == (6, bucket(max(map(len, prompts)), 16)) == text.mask.shape
     assert text.lengths.tolist() == [*map(len, prompts), 0, 0]
     assert batch.next_positions.tolist() == [*(prompt.next_position for prompt in prompts), 0, 0]
-    assert (text.token_ids[~text.mask] == 3).all()
+    assert not text.token_ids[~text.mask].any()
     assert (text.image_index[~text.mask] == -1).all()
     assert not text.positions[:, ~text.mask].any()
     for row, prompt in enumerate(prompts):

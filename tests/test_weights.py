@@ -147,14 +147,16 @@ def test_tied_config_with_another_head_becomes_untied(
     np.testing.assert_array_equal(params["text"]["head"]["kernel"], tensors[HEAD].T)
 
 
-def test_untied_config_without_a_head_takes_the_embedding(
+def test_a_tied_head_serves_for_a_missing_embedding(
     tmp_path: Path, config: QwenConfig, tensors: dict[str, np.ndarray]
 ) -> None:
     """Catches a refusal of what transformers loads."""
-    del tensors[HEAD]
-    found, params = load(tmp_path, tensors, config)
-    assert found == config
-    np.testing.assert_array_equal(params["text"]["head"]["kernel"], tensors[EMBEDDING].T)
+    embedding = tensors.pop(EMBEDDING)
+    tensors[HEAD] = embedding
+    tied = dataclasses.replace(config, tied=True)
+    found, params = load(tmp_path, tensors, tied)
+    assert found == tied and "head" not in params["text"]
+    np.testing.assert_array_equal(params["text"]["embedding"], embedding)
 
 
 # --- many devices ---

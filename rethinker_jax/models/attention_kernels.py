@@ -71,8 +71,17 @@ PLAIN = Attention()
 def choose_attention(asked: str, config: QwenConfig, dtype: Any, mesh: Mesh) -> Attention:
     """What `model.attention` asks for, on the devices of `mesh`. Raises UserError for a kernel that cannot be used."""
     head_dims = config.head_dim, config.vision.head_dim
-    name = choose_name(asked, mesh.devices.flat[0].platform, dtype, head_dims)
+    name = choose_name(asked, _platform(mesh.devices.flat[0]), dtype, head_dims)
     return Attention(name, mesh if name == "splash" else None)
+
+
+def _platform(device: jax.Device) -> str:
+    """tpu, cpu, or gpu; an NVIDIA GPU whose generation has no fused attention says so."""
+    if device.platform != "gpu":
+        return device.platform
+    capability = getattr(device, "compute_capability", "")  # of NVIDIA's devices alone
+    new_enough = capability.partition(".")[0].isdigit() and float(capability) >= 8.0
+    return "gpu" if new_enough else f"GPUs of {device.device_kind} (compute capability {capability or 'unknown'})"
 
 
 def choose_name(asked: str, platform: str, dtype: Any, head_dims: tuple[int, ...]) -> Name:
@@ -98,7 +107,7 @@ def choose_name(asked: str, platform: str, dtype: Any, head_dims: tuple[int, ...
 
 def _obstacle_to_cudnn(platform: str, dtype: Any, head_dims: tuple[int, ...]) -> str:
     if platform not in ("gpu", "cuda"):
-        return f"it is a kernel for NVIDIA GPUs, and the devices are {platform}"
+        return f"it is a kernel for NVIDIA GPUs from compute capability 8.0 on, and the devices are {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16 bits, and the model in {jnp.dtype(dtype).name} (model.dtype)"
     wrong = [size for size in head_dims if size > 128 or size % 8]

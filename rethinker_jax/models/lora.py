@@ -34,7 +34,7 @@ def adapter_layout(
 ) -> tuple[Params, Params]:
     """(dimension words, shapes) of adapters for the kernels `targets` (() = all) of the parts that are not frozen.
 
-    Raises UserError where there is no such kernel.
+    Raises UserError where there is no such kernel, or where `rank` is not below the sides of one.
     """
     all_dims, all_shapes = flatten_mapping(param_dims(config)), flatten_mapping(param_shapes(config))
     dims: dict[tuple[str, ...], tuple[str, ...]] = {LORA_SCALE: ()}
@@ -46,6 +46,12 @@ def adapter_layout(
         size = all_shapes[path].shape
         stacked = int(words[0] == "layers")
         split = len(words) - 1 if name == "output" else stacked + 1  # inputs stand before outputs
+        most = min(math.prod(size[stacked:split]), math.prod(size[split:]))
+        if rank >= most:
+            raise UserError(
+                f"model.lora.rank={rank}: wanted less than {most}, the smaller side of {'.'.join(path)}. Lower it, or "
+                "leave that kernel out of model.lora.targets."
+            )
         for key, names, shape in (
             ("a", (*words[:split], "rank"), (*size[:split], rank)),
             ("b", (*words[:stacked], "rank", *words[split:]), (*size[:stacked], rank, *size[split:])),
@@ -60,9 +66,12 @@ def adapter_layout(
     return unflatten_mapping(dims)["lora"], unflatten_mapping(shapes)["lora"]
 
 
-def init_adapters(dims: Params, shapes: Params, scale: float, seed: int) -> Params:
-    """A is normal with variance 1 / inputs, B is zero: at first the model is the one without adapters, bit for bit."""
-    words = flatten_mapping(dims)
+def init_adapters(dims: Params, shapes: Params, shardings: Params, scale: float, seed: int) -> Params:
+    """A is normal with variance 1 / inputs, B is zero: at first the model is the one without adapters, bit for bit.
+
+    Arrays are drawn whole and put in their places one by one.
+    """
+    words, places = flatten_mapping(dims), flatten_mapping(shardings)
 
     def value(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-1] != "a":
@@ -72,7 +81,9 @@ def init_adapters(dims: Params, shapes: Params, scale: float, seed: int) -> Para
         inputs = math.prod(size for word, size in sizes if word not in ("layers", "rank"))
         return inputs**-0.5 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
-    return unflatten_mapping({path: value(path, leaf) for path, leaf in flatten_mapping(shapes).items()})
+    return unflatten_mapping(
+        {path: jax.device_put(value(path, leaf), places[path]) for path, leaf in flatten_mapping(shapes).items()}
+    )
 
 
 @no_type_check

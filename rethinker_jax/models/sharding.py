@@ -72,12 +72,17 @@ def param_shardings(dims: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, str]
     )
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
     """Put host arrays on the mesh, rows over (data, fsdp) where they divide evenly, else whole on every device.
 
     Rows are on `axis`, but for the fields that `axis_of` names (by their last path key).
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
 
     def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
         rows = (axis_of or {}).get(path[-1].name, axis)

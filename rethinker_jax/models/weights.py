@@ -40,13 +40,7 @@ def load_params(
     Returns the config too, because the weights decide whether the head is tied. Raises UserError naming key and file.
     """
     with open_safetensors(directory) as files:
-        config, head_from_embedding = resolve_head(config, files)
-        where = dict(files.where)
-        if head_from_embedding:
-            where[HEAD] = where[EMBEDDING]
-        elif config.tied:
-            where.pop(HEAD, None)
-        files = dataclasses.replace(files, where=where)
+        config, files = resolve_head(config, files)
         table = weight_table(config)
         _check_names(files, table)
         params: Params = {}
@@ -61,16 +55,20 @@ def load_params(
     return config, params
 
 
-def resolve_head(config: QwenConfig, files: SafetensorsDirectory) -> tuple[QwenConfig, bool]:
-    """What transformers does about `lm_head`: the config to use, and whether the head is read from the embedding.
+def resolve_head(config: QwenConfig, files: SafetensorsDirectory) -> tuple[QwenConfig, SafetensorsDirectory]:
+    """What transformers does about a tied `lm_head`: the config to use, and the tensors to read.
 
-    Tied config and a different head on disk: the head counts (untied), and to see that every process reads both whole.
-    Untied config without a head: it takes the embedding.
+    A different head on disk counts (untied), and to see that every process reads both whole. Where one of the two is
+    missing, the other serves. An untied config wants both, as for any tensor.
     """
-    has_head = HEAD in files.where
-    if config.tied and has_head and EMBEDDING in files.where and not _equal(files, HEAD, EMBEDDING):
-        return dataclasses.replace(config, tied=False), False
-    return config, not config.tied and not has_head and EMBEDDING in files.where
+    where = dict(files.where)
+    if not config.tied or HEAD not in where:
+        return config, files
+    if EMBEDDING in where and not _equal(files, HEAD, EMBEDDING):
+        return dataclasses.replace(config, tied=False), files
+    head = where.pop(HEAD)
+    where.setdefault(EMBEDDING, head)
+    return config, dataclasses.replace(files, where=where)
 
 
 def _equal(files: SafetensorsDirectory, one: str, other: str, rows: int = 4096) -> bool:

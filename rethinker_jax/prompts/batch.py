@@ -15,7 +15,7 @@ from rethinker_jax.types import ImagePatches, Prompt
 class TextBatch:
     """Token sequences, padded on the right.
 
-    token_ids    int32 [batch, seq], `pad_id` behind the end.
+    token_ids    int32 [batch, seq], 0 behind the end.
     positions    int32 [3, batch, seq], m-RoPE (time, height, width), 0 behind the end.
     image_index  int32 [batch, seq], row of the merged table that replaces the token's embedding, -1 = keep that.
     lengths      int32 [batch]; 0 for rows that only fill the batch.
@@ -64,7 +64,6 @@ def pack_prompts(
     prompts: Sequence[Prompt],
     geometry: VisionGeometry,
     *,
-    pad_id: int = 0,
     seq_minimum: int = 64,
     seq_buckets: Sequence[int] = (),
     batch_size: int | None = None,
@@ -86,7 +85,7 @@ def pack_prompts(
         vision = pack_images(images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum)
 
     seq = choose_bucket(max(len(prompt) for prompt in prompts), seq_buckets, seq_minimum)
-    token_ids = np.full((rows, seq), pad_id, np.int32)
+    token_ids = np.zeros((rows, seq), np.int32)
     positions = np.zeros((3, rows, seq), np.int32)
     image_index = np.full((rows, seq), -1, np.int32)
     lengths = np.zeros(rows, np.int32)
@@ -97,11 +96,11 @@ def pack_prompts(
         positions[:, row, :n] = prompt.positions
         lengths[row] = n
         next_positions[row] = prompt.next_position
-        image_index[row, :n] = _table_rows(prompt, vision, places[row])
+        image_index[row, :n] = table_rows(prompt, vision, places[row])
     return PromptBatch(TextBatch(token_ids, positions, image_index, lengths), vision, next_positions)
 
 
-def _table_rows(prompt: Prompt, vision: VisionBatch | None, places: Sequence[int]) -> np.ndarray:
+def table_rows(prompt: Prompt, vision: VisionBatch | None, places: Sequence[int]) -> np.ndarray:
     """int32 [seq]: the prompt's image_index, which counts its own merged tokens, as rows of the batch's table."""
     is_image = prompt.image_index >= 0
     tables = [vision.merged_index[place] for place in places] if vision is not None else []

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from rethinker_jax.config import BucketsConfig, SamplingConfig
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import place_rows
+from rethinker_jax.models.sharding import place_rows, row_shards
 from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
 from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry, bucket
@@ -170,6 +170,7 @@ class Sampler:
         return pack_prompts(
             prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, seq_buckets=self.buckets.prompt_tokens,
             vision_buckets=self.buckets.vision, vision_minimum=(bucket(images, 4), 4),
+            row_multiple=row_shards(self.mesh),
         )  # fmt: skip
 
     def _prefill(self, params: Params, batch: PromptBatch) -> decode.Prompts:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from rethinker_jax.config import BucketsConfig
-from rethinker_jax.prompts.batch import TextBatch
+from rethinker_jax.prompts.batch import TextBatch, table_rows, unique_images
 from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, choose_bucket, pack_images
-from rethinker_jax.types import ImagePatches, Prompt
+from rethinker_jax.types import Prompt
 
 SEQ_MINIMUM = 32
 COMPLETION_STEP = 64
@@ -57,7 +57,7 @@ class TrainBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens in the rows, without padding; of a batch on the host."""
-        return int(self.text.lengths[self.completion_mask.any(axis=-1)].sum())
+        return int(self.text.lengths.sum())
 
 
 def round_up(number: int, step: int) -> int:
@@ -70,13 +70,14 @@ def pack_rows(
     completion_length: int,
     num_rows: int,
     buckets: BucketsConfig = BY_NEED,
+    row_multiple: int = 1,
 ) -> TrainBatch:
     """Lay out `rows` for the update, padded with empty rows to `num_rows`.
 
     `completion_length` bounds every completion; it is rounded up to a bucket. Rows that share an image share its
-    encoding.
+    encoding. `row_multiple`: what the vision rows must divide by, so that a mesh can share them out.
     """
-    return pack_micro_batches(rows, geometry, completion_length, num_rows, num_rows, buckets)[0]
+    return pack_micro_batches(rows, geometry, completion_length, num_rows, num_rows, buckets, row_multiple)[0]
 
 
 def pack_micro_batches(
@@ -86,6 +87,7 @@ def pack_micro_batches(
     num_rows: int,
     micro_rows: int,
     buckets: BucketsConfig = BY_NEED,
+    row_multiple: int = 1,
 ) -> list[TrainBatch]:
     """`rows`, padded with empty ones to `num_rows`, as batches of `micro_rows` rows, all of one shape.
 
@@ -98,12 +100,8 @@ def pack_micro_batches(
     longest = max((len(row.prompt) + len(row.completion_ids) for row in rows), default=1)
     seq = choose_bucket(longest, buckets.row_tokens, SEQ_MINIMUM)
     length = round_up(completion_length, COMPLETION_STEP)
-    visions = _pack_visions(chunks, geometry, micro_rows, buckets.vision)
+    visions = _pack_visions(chunks, geometry, micro_rows, buckets.vision, row_multiple)
     return [_lay_out(chunk, vision, micro_rows, seq, length) for chunk, vision in zip(chunks, visions, strict=True)]
-
-
-def _unique_images(rows: Sequence[TrainRow]) -> dict[int, ImagePatches]:
-    return {id(image): image for row in rows for image in row.prompt.images}
 
 
 def _pack_visions(
@@ -111,13 +109,17 @@ def _pack_visions(
     geometry: VisionGeometry,
     micro_rows: int,
     buckets: Sequence[tuple[int, int]],
+    row_multiple: int,
 ) -> Sequence[VisionBatch | None]:
     """The images of every chunk, in one shape; None for all where there are none."""
     # Half a row an image is the usual need; a common minimum keeps the number of compiled shapes small.
     minimum = (max(1, micro_rows // 2), 4)
-    images = [list(_unique_images(chunk).values()) for chunk in chunks]
+    images = [unique_images([row.prompt for row in chunk])[0] for chunk in chunks]
     while True:
-        visions = [pack_images(some, geometry, buckets, minimum=minimum) if some else None for some in images]
+        visions = [
+            pack_images(some, geometry, buckets, row_multiple=row_multiple, minimum=minimum) if some else None
+            for some in images
+        ]
         found = [vision for vision in visions if vision is not None]
         if len({vision.shape for vision in found}) <= 1:
             break
@@ -131,12 +133,12 @@ def _pack_visions(
 
 
 def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int, seq: int, length: int) -> TrainBatch:
-    order = {key: number for number, key in enumerate(_unique_images(rows))}
+    places = unique_images([row.prompt for row in rows])[1]
     text = TextBatch(
         token_ids=np.zeros((num_rows, seq), np.int32),
         positions=np.zeros((3, num_rows, seq), np.int32),
         image_index=np.full((num_rows, seq), -1, np.int32),
-        lengths=np.ones(num_rows, np.int32),
+        lengths=np.zeros(num_rows, np.int32),
     )
     arrays = {
         "state_index": np.zeros((num_rows, length), np.int32),
@@ -155,10 +157,7 @@ def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int
         text.positions[:, r, :start] = row.prompt.positions
         text.positions[:, r, start : start + count] = row.prompt.next_position + np.arange(count)
         text.lengths[r] = start + count
-        if vision is not None and row.prompt.images:
-            table = np.concatenate([vision.merged_index[order[id(image)]] for image in row.prompt.images])
-            places = row.prompt.image_index >= 0
-            text.image_index[r, :start][places] = table[row.prompt.image_index[places]]
+        text.image_index[r, :start] = table_rows(row.prompt, vision, places[r])
         arrays["state_index"][r, :count] = np.arange(start - 1, start + count - 1)
         arrays["completion_ids"][r, :count] = row.completion_ids
         arrays["completion_mask"][r, :count] = True

@@ -66,11 +66,14 @@ class CheckpointStore:
         self._manager.save(step, args=args, force=True)
 
     def restore(self, like: TrainState, mesh: Mesh, step: int | None = None) -> Saved:
-        """Read the newest checkpoint, or that of `step`, placed as `like` is. Raises UserError if it does not fit."""
+        """Read the newest checkpoint, or that of `step`, into the shapes and places of `like`.
+
+        Raises UserError if it does not fit.
+        """
         step = self._manager.latest_step() if step is None else step
         whole = NamedSharding(mesh, PartitionSpec())
 
-        def target(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        def target(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             sharding = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else whole
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

@@ -88,6 +88,20 @@ class Updater:
         average = jax.tree.map(jnp.copy, average)  # the step takes over both
         return TrainState(params, opt_state, *jax.device_put((zero, zero), self._places.num_updates), average)
 
+    def shapes(self, params: Params) -> TrainState:
+        """What `init` would make of parameters like `params`, as shapes with their places: for a restore."""
+
+        def fresh(params: Params) -> TrainState:
+            zero = jnp.zeros((), jnp.int32)
+            average = split_params(params, self.rule.freeze)[0] if self.rule.average else {}
+            return TrainState(params, self._init_optimizer(params), zero, zero, average)
+
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            jax.eval_shape(fresh, params),
+            self._places,
+        )
+
     def averaged_params(self, state: TrainState) -> Params:
         """The parameters with the moving average in place of what is trained. Wants a rule that keeps one."""
         return join_params(state.average, split_params(state.params, self.rule.freeze)[1])
