@@ -439,3 +439,12 @@ def test_learning_rates():
     # Without warm-up the first of eight cosine steps is behind: 1/2 + 1/4 (1 + cos(π/8)).
     at_once = learning_rate_schedule(dataclasses.replace(config, warmup_steps=0), 8)(0)
     np.testing.assert_allclose(at_once, 0.5 + 0.25 * (1 + np.cos(np.pi / 8)), rtol=1e-6)
+
+
+def test_the_shapes_for_a_restore_are_those_of_a_new_state(tiny):
+    """Catches a restore into other places or types than the step was compiled for, which would compile it anew."""
+    state, shapes = tiny.state(), tiny.updater.shapes(tiny.system.params)
+    assert jax.tree.structure(state) == jax.tree.structure(shapes)
+    for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
