@@ -1,7 +1,11 @@
 """Reward functions of your own: every accepted form gives its values, and every fault is one sentence, never a hang."""
 
+import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -66,6 +70,11 @@ FORMS = {
     "lists": ("def f(predicts, ground_truths, w=1): return [{'overall': w} for _ in predicts]", [{"overall": 1.0}] * 2),
     "a neighbour": ("import beside\ndef f(row): return beside.VALUE", [7.0, 7.0]),
     "what it prints is not read": ("def f(row): print('{\"values\": [9]}'); return 1.0", [1.0, 1.0]),
+    "a callable object": (
+        "class F:\n    def __init__(self, w): self.w = w\n    def __call__(self, row): return self.w\nf = F(0.5)",
+        [0.5, 0.5],
+    ),
+    "a partial": ("import functools\ndef g(row, w): return w\nf = functools.partial(g, w=0.5)", [0.5, 0.5]),
     "a dataclass in the file": (
         "import dataclasses\n@dataclasses.dataclass\nclass P:\n    x: 'int'\ndef f(row): return P(2).x",
         [2.0, 2.0],
@@ -136,6 +145,15 @@ def test_a_missing_file_is_said_with_the_nearest(tmp_path: Path) -> None:
         UserFunctions([f"{tmp_path / 'reward.py'}:f"], {}, 30.0)
 
 
+@pytest.mark.parametrize("wanted", ["nofile.py", "z.py", "nowhere/rewards.py"])
+def test_no_unrelated_file_is_suggested(tmp_path: Path, wanted: str) -> None:
+    """Catches the folder and `.py`, which any two files share, taken for a near name."""
+    write(tmp_path / "t.py", "def f(row): return 1")
+    with pytest.raises(UserError, match="there is no file") as error:
+        UserFunctions([f"{tmp_path / wanted}:f"], {}, 30.0)
+    assert "did you mean" not in str(error.value)
+
+
 def test_keyword_arguments_that_it_does_not_take_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", "def f(row, weight=1): return 1")
     with pytest.raises(UserError, match=r"reward\.kwargs gives it wieght, but it takes row, weight"):
@@ -166,6 +184,8 @@ FAULTY_CALLS = {
     "no list": ("def f(reward_inputs): return {'overall': 1}", ["each of the 3 rows", "dict"]),
     "death": ("import os\ndef f(row): os._exit(9)", ["row-0", "its process ended"]),
     "death by exit": ("import sys\ndef f(row): sys.exit('enough')", ["row-0", "its process ended", "enough"]),
+    "stdin": ("def f(row): return input()", ["row-0", "EOFError", "line 1"]),
+    "a debugger": ("def f(row):\n    breakpoint()\n    return 1", ["row-0", "BdbQuit"]),
     "recursion": ("def f(row): return f(row)", ["row-0", "RecursionError"]),
 }
 
@@ -202,9 +222,86 @@ def test_a_hang_ends_at_the_deadline(tmp_path: Path, code: str, where: str) -> N
     path = write(tmp_path / "mine.py", code)
     started = time.monotonic()
     with pytest.raises(UserError) as error:
-        values_of(path, "f", rows_of("good", "bad", "good", "x"), deadline_s=0.5)
-    assert where in str(error.value) and "no value after 0.5 s (reward.user_deadline_s)" in str(error.value)
+        values_of(path, "f", rows_of("good", "bad", "good", "x"), deadline_s=1.0)
+    assert where in str(error.value) and "no value after 1 s (reward.user_deadline_s)" in str(error.value)
     assert time.monotonic() - started < 30
+
+
+def test_the_deadline_is_of_wall_clock_also_where_the_function_waits_for_the_core(tmp_path: Path) -> None:
+    """Two busy processes on one core: a deadline of CPU time would take twice as long, one that is granted again while
+    the process is runnable any multiple."""
+    path = write(tmp_path / "mine.py", "def f(row):\n    while row['response'] == 'bad': pass\n    return 1")
+    name = f"{path}:f"
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    functions = UserFunctions([name], {}, 2.0)
+    try:
+        functions.values(name, rows_of("good"))
+        started = time.monotonic()
+        with pytest.raises(UserError, match="no value after 2 s"):
+            functions.values(name, rows_of("bad"))
+        assert 1.9 < time.monotonic() - started < 3.5
+    finally:
+        functions.close()
+        os.sched_setaffinity(0, cores)
+        other.kill()
+        other.wait()
+
+
+def wait_for_end(pid: int, seconds: float = 10.0) -> None:
+    """Waits until the process is gone or a zombie, whoever is to wait for it; kills one that stays, and fails."""
+    end = time.monotonic() + seconds
+    stat = Path(f"/proc/{pid}/stat")
+    with contextlib.suppress(OSError):  # it is gone
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+                pytest.fail(f"process {pid} is still there")
+            time.sleep(0.01)
+
+
+def test_a_busy_function_ends_with_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    """Catches a process that spins for ever after `kill -9` of the trainer: it does not see the end of its stdin."""
+    said = tmp_path / "pid"
+    function = f"""
+    import os, pathlib
+    def f(row):
+        pathlib.Path({str(said)!r}).write_text(str(os.getpid()))
+        while True: pass
+    """
+    code = (
+        "import json, sys\n"
+        "from rethinker_jax.rewards.user import UserFunctions\n"
+        "UserFunctions([sys.argv[1]], {}, 60.0).values(sys.argv[1], json.loads(sys.argv[2]))\n"
+    )
+    name = f"{write(tmp_path / 'mine.py', function)}:f"
+    trainer = subprocess.Popen([sys.executable, "-c", code, name, json.dumps(rows_of("a"))])
+    try:
+        end = time.monotonic() + 60
+        while not (said.exists() and said.read_text()):
+            assert time.monotonic() < end and trainer.poll() is None
+            time.sleep(0.01)
+    finally:
+        trainer.kill()
+        trainer.wait()
+    wait_for_end(int(said.read_text()))
+
+
+@pytest.mark.parametrize("ending", ["return pid", "os._exit(9)", "time.sleep(600)"])
+def test_what_a_function_started_ends_with_it(tmp_path: Path, ending: str) -> None:
+    """Catches children that live on after the end of the run, the death of the function's process, or its deadline."""
+    said = tmp_path / "pid"
+    code = f"""
+    import os, pathlib, subprocess, time
+    def f(row):
+        pid = subprocess.Popen(["sleep", "600"]).pid
+        pathlib.Path({str(said)!r}).write_text(str(pid))
+        {ending}
+    """
+    with contextlib.suppress(UserError):
+        values_of(write(tmp_path / "mine.py", code), "f", rows_of("a"), deadline_s=2.0)
+    wait_for_end(int(said.read_text()))
 
 
 def test_a_killed_process_is_said(tmp_path: Path) -> None:

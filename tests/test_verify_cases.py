@@ -4,6 +4,8 @@ Each line is an answer that a lenient or a strict judge gets wrong; `why` says w
 `\boxed{}` unless the table says that they are whole responses.
 """
 
+import time
+
 import pytest
 
 from rethinker_jax.verify.judge import check_gold, judge
@@ -423,6 +425,11 @@ BAD_GOLDS = [
     ("[5, 5, 1, 1]", (), "bbox", "corners swapped"),
     (r"\sum_{k=1}^{10^9} k", (), "auto", "not evaluated"),
     ("word " * 2000, (), "auto", "far too long"),
+    ("the dog and then the cat " * 30, (), "auto", "words that nobody repeats to the letter"),
+    ("B", tuple(map(str, range(65))), "auto", "more options than a question has"),
+    ("(1,(2,(3,(4,(5,6)))))", (), "auto", "a list in a list in a list"),
+    ("((((10^{10})^{9})^{9})^{9})^{9}", (), "auto", "a tower in its base"),
+    ("i^i^i^i^i^i^i^i^i", (), "auto", "a tower without a number"),
 ]
 
 
@@ -436,6 +443,51 @@ def test_bad_golds_are_named_whatever_the_answer(gold: str, choices: tuple[str, 
 
 def test_a_good_gold_has_no_problem() -> None:
     assert check_gold("12") == check_gold("B", CHOICES, "mcq") == check_gold("x+1") == ""
+
+
+ALMOST_TOO_MUCH = [
+    ("(1, (2, 3)), (4, (5, 6))", "(4, (5, 6)), (1, (2, 3))", "tuples in tuples in a list"),
+    (
+        ", ".join(f"1/{n}" for n in range(3, 63)),
+        ", ".join(f"1/{n}" for n in range(62, 2, -1)),
+        "sixty, reordered",
+    ),
+    (
+        ", ".join(f"{n}/64" for n in range(1, 40, 2)),
+        ", ".join(str(n / 64) for n in range(39, 0, -2)),
+        "20 rewritten",
+    ),
+    (r"((2^3)^4)^5", "2^{60}", "powers of powers"),
+    (r"e^{e^{x^2}}", r"e^{(e^{x^{2}})}", "a small tower"),
+    (r"\pm 1 \pm \sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}, -1+\sqrt{2}, -1-\sqrt{2}", "two signs of plus and minus"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "why"), ALMOST_TOO_MUCH)
+def test_size_guards_let_answers_pass(gold: str, answer: str, why: str) -> None:
+    """Catches guards that take such an answer for an attack."""
+    verdict = judge(rf"\boxed{{{answer}}}", gold)
+    assert verdict.correct, f"{why}: {verdict}"
+
+
+FLOODS = [
+    ("x", "a dog+no+cat+" * 300, "words, each of which might begin a unit"),
+    ("2x+4y=6", "x^{" * 900 + "1" + "}" * 900, "powers, each of which might begin a unit"),
+    (r"\{1,2\}", r"\pm 1" * 40 + ", 3", "signs that each double the items"),
+    (r"\pm 1" * 40 + ", 3", r"\{1,2\}", "the same in the gold"),
+    ("cat", r"\text{" + "a{b}" * 900, "groups in a text that never closes"),
+    ("5 cm", "(((" * 6 + r"\pi" + ")))" * 6 + r"\pm\infty", "brackets that only the other parser reads"),
+    ("(1,2)", "i^" * 30 + "i", "a tower without a number"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "why"), FLOODS, ids=lambda text: text[:20])
+def test_what_is_refused_is_refused_at_once(gold: str, answer: str, why: str) -> None:
+    """Catches work that grows with the square of a text, or doubles with each sign: a second and more for each."""
+    started = time.process_time()
+    verdict = judge(rf"\boxed{{{answer}}}", gold)
+    assert verdict.reward == 0.0
+    assert time.process_time() - started < 0.5, f"{why}: {verdict}"
 
 
 def test_an_unknown_type_is_auto() -> None:

@@ -49,18 +49,22 @@ def test_without_an_output_the_lines_go_to_stdout(tmp_path: Path, capsys: pytest
 
 
 def test_malformed_lines_are_named_and_nothing_is_written(tmp_path: Path) -> None:
-    """Catches a run that stops half-way through, and a message without line numbers."""
+    """Catches a run that stops half-way through, a message without line numbers, and NaN as the gold text "nan"."""
     source = tmp_path / "in.jsonl"
     good = json.dumps({"id": "a", "response": "x", "answer": "5"})
     bad = ["{", "[1]", '{"id": "b", "response": "x"}', '{"id": "c", "response": 3, "answer": "5"}']
     bad.append('{"id": "c", "response": "x", "answer": "5", "choices": "AB"}')
+    bad += [f'{{"id": "d", "response": "x", "answer": {value}}}' for value in ("NaN", "-Infinity", "1e999")]
     source.write_text("\n".join([good, *bad[:2], "", *bad[2:], good]) + "\n")
     output = tmp_path / "out.jsonl"
     with pytest.raises(UserError) as error:
         verify_file(source, output, CONFIG)
     message = str(error.value)
-    assert "5 malformed" in message and "missing answer" in message
+    assert "8 malformed" in message and "missing answer" in message
     assert all(f"line {number}:" in message for number in (2, 3, 5, 6, 7))
+    assert all(
+        f"line {number}: answer is {value}," in message for number, value in ((8, "nan"), (9, "-inf"), (10, "inf"))
+    )
     assert list(tmp_path.iterdir()) == [source]
 
 

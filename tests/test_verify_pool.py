@@ -1,5 +1,6 @@
 """The pool under fire: hanging, killed and stopped workers lose no item, harm no other, and never reach the caller."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.verify.extract import extract
 from rethinker_jax.verify.judge import JudgeItem, judge
 from rethinker_jax.verify.pool import VerifierPool
-from rethinker_jax.verify.process import CpuLimitPassed, WorkerProcess
+from rethinker_jax.verify.process import CpuLimitPassed, DeadlinePassed, WorkerProcess, worker_environment
 from rethinker_jax.verify.worker import AddressSpace, serve
 
 CONFIG = VerifierConfig(num_workers=1, deadline_s=2.0, cpu_limit_s=0.4)
@@ -35,13 +36,15 @@ def boxed(answer: object, gold: object) -> JudgeItem:
     return JudgeItem(rf"\boxed{{{answer}}}", str(gold))
 
 
-def slow(num_options: int) -> JudgeItem:
-    """About half a millisecond of CPU for each option: the answer is compared with every one of them."""
-    options = tuple(rf"\sqrt{{{i}}}+x" for i in range(1000, 1000 + num_options))
-    return JudgeItem(r"\boxed{x+\sqrt{7}}", "A", options)
+def slow(num_options: int, start: int = 1000) -> JudgeItem:
+    """About 70 ms of CPU for each option (up to 64): a list whose items are tried one by one against the answer's."""
+    shared = [rf"\sqrt{{{n}}}+x" for n in range(start, start + 23)]
+    options = tuple(", ".join([*shared, rf"\sqrt{{{start + 100 + k}}}+x"]) for k in range(num_options))
+    answer = ", ".join(rf"x+\sqrt{{{n}}}" for n in (7, *reversed(range(start, start + 23))))
+    return JudgeItem(rf"\boxed{{{answer}}}", "A", options)
 
 
-SLOW = slow(5000)
+SLOW = slow(64)
 
 
 def message(item: JudgeItem, number: int = 0) -> dict[str, object]:
@@ -56,6 +59,13 @@ def message(item: JudgeItem, number: int = 0) -> dict[str, object]:
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process is there and no zombie: who adopts orphans may be slow to wait for them."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
@@ -118,7 +128,8 @@ def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_n
 
 
 def test_a_busy_machine_times_nothing_out() -> None:
-    """Four workers and four other processes share one core; an item needs half its deadline of CPU, four of wall clock.
+    """Four workers and four other processes share one core; an item needs 0.14 s of CPU, and so about 1.1 s of wall
+    clock: two of its deadlines, of the five that it may take.
 
     Catches a deadline that counts the time in which the worker waits for the core, or its items in the queue.
     """
@@ -126,18 +137,33 @@ def test_a_busy_machine_times_nothing_out() -> None:
     os.sched_setaffinity(0, {min(cores)})
     others: list[subprocess.Popen[bytes]] = []
     try:
-        with VerifierPool(VerifierConfig(num_workers=4, deadline_s=0.3, cpu_limit_s=10.0)) as pool:
+        with VerifierPool(VerifierConfig(num_workers=4, deadline_s=0.5, cpu_limit_s=10.0)) as pool:
             assert pool.judge_many([boxed(1, 1)])[0].correct
             others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
-            verdicts = pool.judge_many([slow(300 + i) for i in range(12)])
+            verdicts = pool.judge_many([slow(2, start=1000 + 100 * i) for i in range(12)])
             assert {v.verdict for v in verdicts} == {"wrong"}
             assert pool.counts.get("retries", 0) == pool.counts.get("wall_timeouts", 0) == 0
-            assert max(v.ms for v in verdicts) > 300, "no item ran past the deadline: the machine was not busy"
+            assert max(v.ms for v in verdicts) > 500, "no item ran past the deadline: the machine was not busy"
     finally:
         os.sched_setaffinity(0, cores)
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_waiting_for_a_core_has_an_end() -> None:
+    """A worker that runs on and has CPU time left gets five deadlines. Catches 20 of them, which would be 4 s and find
+    the verdict, and a single one."""
+    worker = WorkerProcess(VerifierConfig(cpu_limit_s=100.0))
+    try:
+        worker.wait_ready()
+        worker.send(message(SLOW))
+        started = time.monotonic()
+        with pytest.raises(DeadlinePassed):
+            worker.read_reply(deadline_s=0.2, cpu_limit_s=100.0)
+        assert 0.9 < time.monotonic() - started < 3.0
+    finally:
+        worker.close()
 
 
 def test_code_that_does_not_return_to_python_is_ended_by_the_parent() -> None:
@@ -147,7 +173,33 @@ def test_code_that_does_not_return_to_python_is_ended_by_the_parent() -> None:
         worker.wait_ready()
         worker.send(message(SLOW))
         with pytest.raises(CpuLimitPassed):
-            worker.read_reply(deadline_s=0.1, cpu_limit_s=0.3)
+            worker.read_reply(deadline_s=0.8, cpu_limit_s=0.3)
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_nobody_watches_is_ended_by_its_limit_on_cpu_time() -> None:
+    """Nobody reads the reply, and the worker's own timer is out of reach. Catches an item that runs for ever where the
+    kernel does not end orphans, and a limit that counts all items together: the first ones use most of it."""
+    limits = ("--cpu-limit-s", "100", "--cpu-backstop-s", "1", "--memory-mb", "1024", "--parent", str(os.getpid()))
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-m", "rethinker_jax.verify.worker", *limits],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(),
+    )  # fmt: skip
+    items = [*(message(slow(8, start=1000 + 100 * i), i) for i in range(4)), message(SLOW, 4)]
+    said, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in items).encode(), timeout=60)
+    assert worker.returncode == -signal.SIGXCPU
+    replies = [json.loads(line) for line in said.splitlines()]
+    assert [reply.get("n") for reply in replies] == [None, 0, 1, 2, 3]
+    assert replies[-1]["cpu_s"] - replies[0]["cpu_s"] > 1.5, "the first items used too little to show anything"
+
+
+def test_a_worker_has_nothing_to_read_but_through_the_protocol() -> None:
+    """Catches a library, or a child process, that takes the pool's items off stdin."""
+    worker = WorkerProcess(CONFIG)
+    try:
+        worker.wait_ready()
+        assert os.readlink(f"/proc/{worker.pid}/fd/0") == os.devnull
     finally:
         worker.close()
 
@@ -291,8 +343,10 @@ def test_a_pool_that_may_open_no_files_says_so() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_workers_end_with_a_parent_that_was_killed() -> None:
-    """Catches orphans that sit on memory after `kill -9` of a run."""
+@pytest.mark.parametrize("stopped", [False, True])
+def test_workers_end_with_a_parent_that_was_killed(stopped: bool) -> None:
+    """Catches orphans that sit on memory after `kill -9` of a run. A stopped one stands for one inside a long
+    computation in C: it does not see that its stdin has ended."""
     code = (
         "import os\n"
         "from rethinker_jax.config import VerifierConfig\n"
@@ -300,11 +354,37 @@ def test_workers_end_with_a_parent_that_was_killed() -> None:
         "pool = VerifierPool(VerifierConfig())\n"
         "pool.judge_many([JudgeItem('1', '1')])\n"
         "print(pool.worker_pids[0], flush=True)\n"
+        f"if {stopped}: os.kill(pool.worker_pids[0], 19)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
     assert said.returncode == -signal.SIGKILL
-    wait_until(lambda: not Path(f"/proc/{int(said.stdout)}/stat").exists())
+    try:
+        wait_until(lambda: not is_alive(int(said.stdout)), 10.0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(said.stdout), signal.SIGKILL)
+
+
+def test_a_worker_whose_parent_is_gone_does_not_start() -> None:
+    """Catches the parent that ends before the worker could ask to end with it. `1` stands for another parent."""
+    limits = ("--cpu-limit-s", "1", "--cpu-backstop-s", "9", "--memory-mb", "1024", "--parent", "1")
+    command = [sys.executable, "-P", "-m", "rethinker_jax.verify.worker", *limits]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=worker_environment(), timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, b"")
+
+
+def test_a_pool_outlives_the_thread_that_opened_it() -> None:
+    """Catches workers that end with a thread of the caller's instead of the pool's: each would be a restart."""
+    opened: list[VerifierPool] = []
+    thread = threading.Thread(target=lambda: opened.append(VerifierPool(CONFIG)))
+    thread.start()
+    thread.join()
+    with opened[0] as pool:
+        wait_until(lambda: bool(pool.worker_pids))
+        pids = pool.worker_pids
+        assert [v.correct for v in pool.judge_many([boxed(1, 1), boxed("x+1", "1+x")])] == [True, True]
+        assert pool.worker_pids == pids and pool.counts.get("restarts", 0) == 0
 
 
 def test_the_worker_never_loads_an_accelerator_library() -> None:

@@ -51,7 +51,8 @@ PIECES = (
     r"\boxed{", ".", "/", r"\infty", r"\cup", "e", "i", "\\\\", "\\", "$", "²", ":", "→", r"\to", r"\{", r"\}", "|",
     r"\left(", r"\right)", r"\begin{matrix}", r"\end{matrix}", "&", r"\pm", r"\sin", r"\log", r"\cdot", r"\times",
     "∪", "∅", "√", "'", "<answer>", "</answer>", "<think>", r"\dfrac", r"\binom{", r"\mathrm{", "~", "#", "@",
-    r"\\boxed", "None", "nan", "inf", "True", "yes", "no", "N30°E", "->", "H_2", "O_2", "1e", "10^", "\n",
+    r"\\boxed", r"\mod", r"\ne", r"\approx", r"\dots",
+    "None", "nan", "inf", "True", "yes", "no", "N30°E", "->", "H_2", "O_2", "1e", "10^", "\n",
 )  # fmt: skip
 ALPHABETS = (
     (0x20, 0x7E), (0x00, 0x1F), (0x80, 0xFF), (0x300, 0x36F), (0x370, 0x3FF), (0x590, 0x6FF), (0x966, 0x96F),
@@ -158,13 +159,14 @@ def _latex(rng: random.Random, depth: int = 0) -> str:
     one, two = _latex(rng, depth + 1), _latex(rng, depth + 1)
     form = rng.choice((
         "%s+%s", "%s-%s", r"%s\cdot %s", "%s%s", r"\frac{%s}{%s}", "{%s}^{%s}", "(%s)^{%s}", r"\log_{%s}(%s)",
-        "%s=%s", "%s<%s", r"%s\le %s",
+        "%s=%s", "%s<%s", r"%s\le %s", r"%s\ne %s", r"%s\approx %s", r"%s\mod %s", r"%s\equiv %s\pmod{%s}",
+        r"%s\land %s", r"\frac{d}{dx}(%s)=%s", r"\frac{d%s}{dx}=%s", "f(%s,%s)",
         "(%s,%s)", r"[%s,%s)", r"\{%s,%s\}", r"%s\cup %s", r"\sqrt[%s]{%s}", r"\sin(%s)+\cos{%s}", r"|%s|-%s",
         r"%s\pm %s", r"\binom{%s}{%s}",
         r"\begin{pmatrix}%s\\%s\end{pmatrix}", r"%s\,\text{cm}+%s", r"\left(%s\right)%s", r"e^{%s}\ln %s", r"%s!%s",
         r"%s:%s", r"%s\%%%s",
     ))  # fmt: skip
-    return form % (one, two)
+    return form % ((one, two) if form.count("%s") == 2 else (one, two, two))
 
 
 def _nesting(rng: random.Random) -> str:

@@ -1,16 +1,18 @@
 """The sizes of a Qwen2.5-VL, read from any published form of its config.json.
 
 Three forms exist: flat (the hub's), flat with a nested copy (transformers 4.52+), and nested only (transformers 5).
-A key that is missing takes the default of the transformers class, as it does there.
+A key that is missing takes the default of the transformers class, as it does there; a null is refused, as it is there,
+but for the few keys where it has a meaning.
 """
 
 import dataclasses
-import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_values import flag, mapping, number, read_object, string, whole, whole_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +74,7 @@ def read_config(directory: Path) -> QwenConfig:
             f"{directory}: wanted a Hugging Face model directory, found no config.json there. Name the directory that "
             "holds config.json and *.safetensors."
         )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path}: wanted JSON, came: {error}. Copy the file from the original checkpoint again."
-        ) from error
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: wanted a JSON object, came {type(raw).__name__}. Copy the original config.json again."
-        )
+    raw = read_object(path)
     if raw.get("model_type") != "qwen2_5_vl":
         raise UserError(
             f"{path}: wanted model_type 'qwen2_5_vl', came {raw.get('model_type')!r}. Only Qwen2.5-VL is ported."
@@ -92,70 +85,79 @@ def read_config(directory: Path) -> QwenConfig:
         if config.vision.out_dim != config.d_model:
             raise ValueError(f"out_hidden_size {config.vision.out_dim} must be hidden_size {config.d_model}")
         return config
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path}: a value cannot be used: {error}. Compare it with the published config.json."
         ) from error
 
 
 def parse_config(raw: Mapping[str, Any]) -> QwenConfig:
-    """Read the dictionary of a config.json; raises AttributeError, TypeError or ValueError on what cannot be used."""
+    """Read the dictionary of a config.json; raises ValueError on what cannot be used."""
     # As in transformers: where there is a text_config, keys of the text decoder beside it mean nothing.
-    text: Mapping[str, Any] = raw if raw.get("text_config") is None else raw["text_config"]
-    vision = _parse_vision(raw.get("vision_config") or {})
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    text = raw if raw.get("text_config") is None else mapping(raw, "text_config")
+    try:
+        vision = _parse_vision(mapping(raw, "vision_config"))
+    except ValueError as error:  # of its keys, some stand in the decoder too
+        raise ValueError(f"in vision_config, {error}") from error
+    rope = mapping(text, "rope_scaling") or mapping(text, "rope_parameters")
     _refuse_other_models(raw, text, rope)
-    heads = _whole(text, "num_attention_heads", 64)
-    d_model = _whole(text, "hidden_size", 8192)
-    head_dim = _whole(text, "head_dim", d_model // heads)
+    heads = whole(text, "num_attention_heads", 64)
+    d_model = whole(text, "hidden_size", 8192)
+    head_dim = d_model // heads if text.get("head_dim") is None else whole(text, "head_dim", 0)
     if heads * head_dim != d_model:
         raise ValueError(f"hidden_size {d_model} must be num_attention_heads {heads} times head_dim {head_dim}")
-    section = tuple(int(part) for part in rope.get("mrope_section", (16, 24, 24)))
-    if len(section) != 3 or min(section) < 0 or 2 * sum(section) != head_dim:
+    section = whole_list(rope, "mrope_section", (16, 24, 24))
+    if len(section) != 3 or 2 * sum(section) != head_dim:
         raise ValueError(
-            f"mrope_section {list(section)} must be three numbers that add up to head_dim / 2 = {head_dim / 2:g}"
+            f"mrope_section {list(section)} must be three numbers that add up to half of head_dim {head_dim}"
         )
     # A null here means a head each, where a missing key means 8.
-    kv_heads = _whole(text, "num_key_value_heads", heads if "num_key_value_heads" in text else 8)
+    kv_heads = heads if text.get("num_key_value_heads", 8) is None else whole(text, "num_key_value_heads", 8)
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
-    return QwenConfig(
-        vocab=_whole(text, "vocab_size", 152064),
+    config = QwenConfig(
+        vocab=whole(text, "vocab_size", 152064),
         d_model=d_model,
-        d_ff=_whole(text, "intermediate_size", 29568),
-        layers=_whole(text, "num_hidden_layers", 80),
+        d_ff=whole(text, "intermediate_size", 29568),
+        layers=whole(text, "num_hidden_layers", 80),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_number(text, "rms_norm_eps", 1e-5),
-        rope_theta=_number(rope, "rope_theta", _number(text, "rope_theta", 1e6)),
+        norm_eps=number(text, "rms_norm_eps", 1e-5),
+        rope_theta=number(rope, "rope_theta", number(text, "rope_theta", 1e6)),
         mrope_section=(section[0], section[1], section[2]),
         # Before transformers 5 it could stand in text_config alone.
-        tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        dtype=str(
-            raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "float32"
-        ),
-        image_token=_whole(raw, "image_token_id", 151655, least=0),
-        video_token=_whole(raw, "video_token_id", 151656, least=0),
-        vision_start_token=_whole(raw, "vision_start_token_id", 151652, least=0),
-        vision_end_token=_whole(raw, "vision_end_token_id", 151653, least=0),
+        tied=flag(raw, "tie_word_embeddings") | flag(text, "tie_word_embeddings"),
+        dtype=string(raw, "dtype")
+        or string(raw, "torch_dtype")
+        or string(text, "dtype")
+        or string(text, "torch_dtype")
+        or "float32",
+        image_token=whole(raw, "image_token_id", 151655, least=0),
+        video_token=whole(raw, "video_token_id", 151656, least=0),
+        vision_start_token=whole(raw, "vision_start_token_id", 151652, least=0),
+        vision_end_token=whole(raw, "vision_end_token_id", 151653, least=0),
         vision=vision,
     )
+    _check_tokens(config)
+    return config
 
 
-def _whole(section: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
-    """The whole number of `key`; `default` where it is missing or null."""
-    value = default if section.get(key) is None else section[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be a whole number of at least {least}, came {value!r}")
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, default: float) -> float:
-    value = default if section.get(key) is None else section[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key} must be a number above 0, came {value!r}")
-    return float(value)
+def _check_tokens(config: QwenConfig) -> None:
+    """Raise ValueError for a special token that the embedding does not hold, or that is two things at once."""
+    tokens = {
+        "image_token_id": config.image_token,
+        "video_token_id": config.video_token,
+        "vision_start_token_id": config.vision_start_token,
+        "vision_end_token_id": config.vision_end_token,
+    }
+    keys: dict[int, str] = {}
+    for key, token in tokens.items():
+        if token >= config.vocab:
+            raise ValueError(f"{key} must be below vocab_size {config.vocab}, came {token}")
+        if token in keys:
+            raise ValueError(f"{key} must be another token than {keys[token]}, came {token} for both")
+        keys[token] = key
 
 
 def _refuse_other_models(raw: Mapping[str, Any], text: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -163,10 +165,14 @@ def _refuse_other_models(raw: Mapping[str, Any], text: Mapping[str, Any], rope: 
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {text['hidden_act']!r} is not known; the published models use 'silu'")
     for key in ("type", "rope_type"):
-        if rope.get(key, "default") not in ("default", "mrope"):
+        # A null is no type: transformers 4 reads it so, and 5 makes no model of it.
+        if rope.get(key) not in ("default", "mrope", None):
             raise ValueError(f"rope {key} {rope[key]!r} is not known; wanted 'mrope' or 'default'. Remove the scaling")
-    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
-        raise ValueError("use_sliding_window true (or layer_types with sliding_attention) is not ported")
+    layer_types = text.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f"layer_types must be a list of 'full_attention' only, came {reprlib.repr(layer_types)}")
+    if flag(text, "use_sliding_window"):
+        raise ValueError("use_sliding_window true is not ported")
     if raw.get("quantization_config"):
         raise ValueError(
             f"quantization_config {raw['quantization_config']} cannot be trained; take the original checkpoint"
@@ -174,27 +180,29 @@ def _refuse_other_models(raw: Mapping[str, Any], text: Mapping[str, Any], rope: 
 
 
 def _parse_vision(raw: Mapping[str, Any]) -> VisionConfig:
-    rope = raw.get("rope_parameters") or {}
+    rope = mapping(raw, "rope_parameters")
+    if rope.get("rope_type") not in ("axial", "default", None):
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not known; the published models use 'axial'")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"vision hidden_act {raw['hidden_act']!r} is not known; the published models use 'silu'")
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not known; the published models use 'silu'")
     config = VisionConfig(
-        depth=_whole(raw, "depth", 32),
-        d_model=_whole(raw, "hidden_size", 3584),
-        heads=_whole(raw, "num_heads", 16),
-        d_ff=_whole(raw, "intermediate_size", 3420),
-        out_dim=_whole(raw, "out_hidden_size", 3584),
-        in_channels=_whole(raw, "in_channels", _whole(raw, "in_chans", 3)),
-        patch_size=_whole(raw, "patch_size", 14),
-        merge_size=_whole(raw, "spatial_merge_size", 2),
-        temporal_patch_size=_whole(raw, "temporal_patch_size", 2),
-        window_size=_whole(raw, "window_size", 112),
-        full_attention_blocks=tuple(int(block) for block in raw.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        tokens_per_second=_whole(raw, "tokens_per_second", 4),
-        rope_theta=_number(rope, "rope_theta", 10000.0),
+        depth=whole(raw, "depth", 32),
+        d_model=whole(raw, "hidden_size", 3584),
+        heads=whole(raw, "num_heads", 16),
+        d_ff=whole(raw, "intermediate_size", 3420),
+        out_dim=whole(raw, "out_hidden_size", 3584),
+        in_channels=whole(raw, "in_channels", whole(raw, "in_chans", 3)),
+        patch_size=whole(raw, "patch_size", 14),
+        merge_size=whole(raw, "spatial_merge_size", 2),
+        temporal_patch_size=whole(raw, "temporal_patch_size", 2),
+        window_size=whole(raw, "window_size", 112),
+        full_attention_blocks=whole_list(raw, "fullatt_block_indexes", (7, 15, 23, 31)),
+        tokens_per_second=whole(raw, "tokens_per_second", 4),
+        rope_theta=number(rope, "rope_theta", 10000.0),
     )
     if config.d_model % config.heads or config.head_dim % 4:
         raise ValueError(
-            f"vision hidden_size {config.d_model} must be num_heads {config.heads} times a multiple of 4: "
+            f"hidden_size {config.d_model} must be num_heads {config.heads} times a multiple of 4: "
             "rows and columns turn a quarter of a head each"
         )
     if config.window_size < config.patch_size * config.merge_size:

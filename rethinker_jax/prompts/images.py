@@ -5,9 +5,9 @@ Other backends resize a little differently (torchvision: up to 2 grey levels), s
 
 import dataclasses
 import io
-import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_values import mapping, number, read_object, three_numbers, whole
 from rethinker_jax.types import ImagePatches
 
 MAX_FILE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
@@ -70,22 +71,22 @@ class ImageSettings:
         win where a file has both. Raises UserError for a missing or unusable file and for bounds that contradict.
         """
         path, found = _read_processor_config(Path(model_dir))
-        _refuse_other_processing(path, found)
-        size = found.get("size") or {}
         default = cls()
-        settings = cls(
-            min_pixels=min_pixels
-            or _first(found.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"))
-            or default.min_pixels,
-            max_pixels=max_pixels
-            or _first(found.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
-            or default.max_pixels,
-            patch_size=int(found.get("patch_size", default.patch_size)),
-            merge_size=int(found.get("merge_size", default.merge_size)),
-            temporal_patch_size=int(found.get("temporal_patch_size", default.temporal_patch_size)),
-            mean=tuple(found.get("image_mean") or default.mean),
-            std=tuple(found.get("image_std") or default.std),
-        )
+        try:
+            _refuse_other_processing(found)
+            settings = cls(
+                min_pixels=min_pixels or _bound(found, "min_pixels", "shortest_edge", default.min_pixels),
+                max_pixels=max_pixels or _bound(found, "max_pixels", "longest_edge", default.max_pixels),
+                patch_size=whole(found, "patch_size", default.patch_size),
+                merge_size=whole(found, "merge_size", default.merge_size),
+                temporal_patch_size=whole(found, "temporal_patch_size", default.temporal_patch_size),
+                mean=three_numbers(found, "image_mean", default.mean),
+                std=three_numbers(found, "image_std", default.std, positive=True),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{path}: a value cannot be used: {error}. Compare it with the published {path.name}."
+            ) from error
         if settings.max_pixels < max(settings.min_pixels, settings.factor**2):
             raise UserError(
                 f"max_pixels must be at least min_pixels and one merged token ({settings.factor**2} pixels), got "
@@ -95,8 +96,13 @@ class ImageSettings:
         return settings
 
 
-def _first(*values: int | None) -> int:
-    return next((int(value) for value in values if value is not None), 0)
+def _bound(found: Mapping[str, Any], key: str, edge: str, default: int) -> int:
+    """The bound of the file; a null is none, as in transformers."""
+    size = mapping(found, "size")
+    for section, name in ((found, key), (size, edge), (size, key)):
+        if section.get(name) is not None:
+            return whole(section, name, default)
+    return default
 
 
 def _read_processor_config(directory: Path) -> tuple[Path, dict[str, Any]]:
@@ -105,11 +111,8 @@ def _read_processor_config(directory: Path) -> tuple[Path, dict[str, Any]]:
         path = directory / name
         if not path.is_file():
             continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON ({error}): copy it again from the model it belongs to") from error
-        if name == "processor_config.json" and isinstance(found, dict):
+        found = read_object(path)
+        if name == "processor_config.json":
             found = found.get("image_processor")
         if isinstance(found, dict):
             return path, found
@@ -119,14 +122,14 @@ def _read_processor_config(directory: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def _refuse_other_processing(path: Path, found: dict[str, Any]) -> None:
-    """Raises UserError where the file asks for steps that `preprocess` does not do."""
+def _refuse_other_processing(found: Mapping[str, Any]) -> None:
+    """Raises ValueError where the file asks for steps that `preprocess` does not do."""
     wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
     for key, value in wanted.items():
         if found.get(key, value) not in (value, None):
-            raise UserError(f"{path}: {key} is {found[key]!r}, and only {value!r} is supported for Qwen2.5-VL")
-    if not math.isclose(found.get("rescale_factor") or 1 / 255, 1 / 255):
-        raise UserError(f"{path}: rescale_factor is {found['rescale_factor']!r}, and only 1/255 is supported")
+            raise ValueError(f"{key} is {found[key]!r}, and only {value!r} is supported for Qwen2.5-VL")
+    if not math.isclose(number(found, "rescale_factor", 1 / 255), 1 / 255):
+        raise ValueError(f"rescale_factor is {found['rescale_factor']!r}, and only 1/255 is supported")
 
 
 def open_image(ref: bytes | str) -> Image.Image:

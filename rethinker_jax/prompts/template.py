@@ -7,7 +7,6 @@ of them is encoded as plain text in one piece, as the tokenizer itself would.
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_values import read_object
 from rethinker_jax.types import Problem
 
 IMAGE_TAG = "<image>"
@@ -241,7 +241,7 @@ def _load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot load a tokenizer from {directory} ({type(error).__name__}: {error}): wanted tokenizer.json and "
             f"tokenizer_config.json of a Qwen2.5-VL model"
@@ -269,12 +269,4 @@ def _load_chat_template(directory: Path, of_tokenizer: str | dict[str, str] | No
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no such file. Raises UserError for anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again from the model it belongs to") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: wanted a JSON object, found {type(found).__name__}")
-    return found
+    return read_object(path) if path.is_file() else {}

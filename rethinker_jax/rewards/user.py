@@ -1,7 +1,8 @@
 """Reward functions of your own, as the trainer sees them: rows in, values out, or a UserError that says what is wrong.
 
 They run in a process of their own (`rewards.worker`), one call after the other. Whatever goes wrong there stops the
-run: a reward that is silently 0 would be learned.
+run: a reward that is silently 0 would be learned. Their deadline is of plain wall clock: a function may wait for a
+network or a file, so its CPU time says nothing.
 """
 
 import json
@@ -14,7 +15,7 @@ from rethinker_jax.config import VerifierConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards.inputs import RewardInput, TermValue
 from rethinker_jax.types import SEGMENT_NAMES
-from rethinker_jax.verify.process import CpuLimitPassed, DeadlinePassed, WorkerGone, WorkerProcess
+from rethinker_jax.verify.process import DeadlinePassed, WorkerGone, WorkerProcess
 
 MODULE = "rethinker_jax.rewards.worker"
 
@@ -23,7 +24,10 @@ class UserFunctions:
     """The process with the functions `names`, each a `path.py:function`. Not thread-safe but for `kill`."""
 
     def __init__(self, names: Sequence[str], kwargs: Mapping[str, Mapping[str, Any]], deadline_s: float):
-        """Starts the process and loads the functions. Raises UserError for one that cannot be used."""
+        """Starts the process and loads the functions. Raises UserError for one that cannot be used.
+
+        On Linux the process ends with the thread that calls this.
+        """
         self._names = tuple(names)
         self._deadline_s = deadline_s
         self._fault: UserError | None = None  # once there is one, there are no more values
@@ -49,8 +53,8 @@ class UserFunctions:
             left = rows[len(values) :]
             where = _place(name, left if self._batched[number] else left[:1])
             try:
-                reply = self._process.read_reply(self._deadline_s, self._deadline_s)
-            except (CpuLimitPassed, DeadlinePassed):
+                reply = self._process.read_line(self._deadline_s)
+            except DeadlinePassed:
                 raise self._failed(f"{where}: no value after {self._deadline_s:g} s (reward.user_deadline_s)") from None
             except WorkerGone:
                 raise self._failed(f"{where}: its process ended") from None

@@ -5,11 +5,13 @@
     out  {"values": [0.5], "cpu_s": 0.1}                  a line per row; a batch function gives one for all of them
     out  {"error": {"what": ..., "row": "..."}, "cpu_s": 0.1}          instead, and the process ends
 
-Stdout belongs to the protocol: what a function prints goes to stderr. jax, where a function imports it, finds no
-accelerator here. A function's file may import its neighbours.
+The protocol has descriptors of its own: what a function prints goes to stderr, and what it reads of stdin is the end of
+a file. On Linux the process ends with the trainer, whatever it does; elsewhere when it next reads a call. jax, where a
+function imports it, finds no accelerator here. A function's file may import its neighbours.
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
@@ -26,6 +28,7 @@ from typing import Any, BinaryIO, Literal
 
 from rethinker_jax.config_check import USER_TERM
 from rethinker_jax.config_keys import nearest
+from rethinker_jax.verify.worker import end_with_parent, take_protocol
 
 Contract = Literal["row", "single", "sequential", "batch", "lists"]
 OVERALL = "overall"
@@ -135,13 +138,18 @@ def describe(error: BaseException, file: Path) -> str:
 
 
 def load(name: str, kwargs: Mapping[str, Any]) -> UserFunction:
-    """The function that `path.py:function` names, paths being relative to the working directory. Raises Faulty."""
+    """The function or other callable that `path.py:function` names. Raises Faulty.
+
+    Paths are relative to the working directory.
+    """
     match = USER_TERM.fullmatch(name)
     assert match is not None, name  # the config was checked
     file = Path(match["file"]).expanduser().absolute()
     if not file.is_file():
-        beside = [str(one) for one in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise Faulty(f"there is no file {file}{nearest(str(file), beside)}")
+        # Compared without folder and `.py`, which all of them share and which make every name look near.
+        beside = [one.stem for one in file.parent.glob("*.py")]
+        near = difflib.get_close_matches(file.stem, beside, n=1, cutoff=0.6)
+        raise Faulty(f"there is no file {file}" + (f"; did you mean {file.parent / near[0]}.py?" if near else ""))
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # at the end: a neighbour called math.py must not hide the library's
     spec = importlib.util.spec_from_file_location(f"user_reward_{abs(hash(str(file)))}", file)
@@ -154,8 +162,8 @@ def load(name: str, kwargs: Mapping[str, Any]) -> UserFunction:
         raise Faulty(f"the file cannot be loaded: {describe(error, file)}") from error
     names = vars(module)
     function = names.get(match["function"])
-    if not inspect.isroutine(function):
-        there = [one for one, value in names.items() if inspect.isfunction(value)]
+    if not callable(function):
+        there = [one for one, value in names.items() if callable(value)]
         raise Faulty(f"the file has no function {match['function']}{nearest(match['function'], there)}")
     contract = contract_of(function, str(names.get("REWARD_TYPE", "")), kwargs)
     return UserFunction(name, file, function, contract, dict(kwargs))
@@ -212,10 +220,11 @@ def serve(functions: Sequence[UserFunction], source: BinaryIO) -> Iterator[dict[
 
 
 def main() -> None:
+    functions_asked, _, parent = sys.argv[1:]
+    end_with_parent(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["JAX_PLATFORMS"] = "cpu"
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    source, sink = take_protocol()
 
     def write(message: dict[str, Any]) -> None:
         sink.write(json.dumps({**message, "cpu_s": time.process_time()}).encode() + b"\n")
@@ -224,7 +233,7 @@ def main() -> None:
             os.ftruncate(2, 0)
             os.lseek(2, 0, os.SEEK_SET)
 
-    wanted: list[tuple[str, dict[str, Any]]] = json.loads(sys.argv[1])
+    wanted: list[tuple[str, dict[str, Any]]] = json.loads(functions_asked)
     functions = []
     for number, (name, kwargs) in enumerate(wanted):
         try:
@@ -233,7 +242,7 @@ def main() -> None:
             write({"ready": False, "function": number, "error": {"what": str(error), "row": ""}})
             return
     write({"ready": True, "batched": [function.batched for function in functions]})
-    for reply in serve(functions, sys.stdin.buffer):
+    for reply in serve(functions, source):
         write(reply)
 
 

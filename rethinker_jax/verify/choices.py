@@ -21,12 +21,22 @@ _ONE = re.compile(r"[(\[]?\s*([A-Za-z])\s*[)\]]?\s*[.:,)]?")
 _SEVERAL = re.compile(
     r"[(\[]?[A-Z][)\]]?(?:\s*(?:,|/|;|&|\+|\band\b|\bor\b|\\text\{(?:and|or)\}|,\s*and\b|\s)\s*[(\[]?[A-Z][)\]]?)+\.?"
 )
-_LETTERED = re.compile(r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:]?|([A-Z])\s*[.:)])\s*[-–]?\s*(.+)", re.DOTALL)
+_LETTERED = re.compile(r"(?:[(\[]\s*([A-Za-z])\s*[)\]]\s*[.:]?|([A-Z])\s*[.:),])\s*[-–]?\s*(.+)", re.DOTALL)
 _SPACED = re.compile(r"([A-Z])\s+(.+)", re.DOTALL)
 _DENIED = re.compile(r"(?:not|wrong|incorrect)[.!]?$|\bis (?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _TEXT_FIRST = re.compile(r"(.+?)\s*[(\[]([A-Z])[)\]]", re.DOTALL)
 _OTHER_LETTER = re.compile(
     r"\b(?:or|and|not|nor|/|maybe)\s+\(?[A-Z]\)?(?:\b|$)|[,;/]\s*\(?[A-Z]\)?\s*(?:[.:)]|$)|\([A-Z]\)"
+)
+
+_ANOTHER = re.compile(
+    r"(?i:(?:option|choice|answer|letter)\s+)?[(\[]?([A-K])[)\]]?(?:\s*[.:)]|\s+(?:is|was|not|may|might|instead|rather|too)\b|$)"
+)
+_HEDGE = re.compile(
+    r"^(?i:both|none(?! of the)|neither|either|maybe|perhaps|possibly|probably|wait|sorry)\b"
+    r"|(?i:\bi meant?|not sure|unsure)\b"
+    r"|(?i:\b(?:wrong|incorrect|maybe|perhaps|possibly|probably))[.!?]?$"
+    r"|\b(?:perhaps|possibly|probably|instead|rather|actually|but|mean) (?:option )?\(?[A-K]\b"
 )
 
 
@@ -85,6 +95,9 @@ def chosen_letters(
     one = _ONE.fullmatch(bare)
     if one and _in_range(one.group(1).upper(), options):
         return frozenset(one.group(1).upper()), "letter"
+    written = _written_options(answer, options)
+    if _SEVERAL.fullmatch(bare) and len(written) == 1 and not multiple:  # `A and B` is what option C says
+        return frozenset(chr(65 + written[0])), "option_text"
     if _SEVERAL.fullmatch(bare) or (multiple and re.fullmatch(r"[A-Z]{2,8}", bare)):
         if re.search(r"\bor\b|/", bare):
             return None, "hedge"
@@ -98,7 +111,7 @@ def chosen_letters(
                 return frozenset(letter), "letter_and_text"
             if not any(key(option) == key(bare) for option in options):
                 return None, "letter_text_conflict"
-        elif _OTHER_LETTER.search(text) or _DENIED.match(text):
+        elif _OTHER_LETTER.search(text) or _DENIED.match(text) or _is_hedge(text, letter):
             return None, "hedge"
         else:
             return frozenset(letter), "letter_and_text"
@@ -126,12 +139,25 @@ def _is_option(text: str, option: str, same: Same) -> bool:
     )
 
 
+def _is_hedge(text: str, letter: str) -> bool:
+    """Does what follows a letter, where no options are given, take it back or name another one?"""
+    other = _ONE.fullmatch(text) or _ANOTHER.match(text)
+    named = other.group(1) if other else letter
+    return (named != letter and "A" <= named <= "K") or bool(_HEDGE.search(text))
+
+
+def _written_options(text: str, options: Sequence[str]) -> list[int]:
+    """The places of the options that `text` writes out."""
+    written = [i for i, option in enumerate(options) if key(option) == key(text)]
+    if written:
+        return written
+    wanted = text_key(text)
+    return [i for i, option in enumerate(options) if wanted and wanted == text_key(option)]
+
+
 def _unique_option(text: str, options: Sequence[str], same: Same) -> int | None:
     """The place of the one option that `text` writes out, or else of the one whose value it has."""
-    written = [i for i, option in enumerate(options) if key(option) == key(text)]
-    if not written:
-        wanted = text_key(text)
-        written = [i for i, option in enumerate(options) if wanted and wanted == text_key(option)]
+    written = _written_options(text, options)
     if len(written) == 1:
         return written[0]
     if written:

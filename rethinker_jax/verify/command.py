@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -128,6 +129,8 @@ def line_problem(line: bytes) -> str:
         return "response is not text"
     if isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
         return "answer is neither text nor a number"
+    if isinstance(row["answer"], float) and not math.isfinite(row["answer"]):
+        return f"answer is {row['answer']}, which is no number to compare with"  # Python's JSON reads NaN and 1e999
     choices = row.get("choices")
     if choices is not None and not (isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)):
         return "choices is not a list of texts"

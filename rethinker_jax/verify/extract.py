@@ -1,7 +1,7 @@
 r"""The final answer of a response: its last complete, non-empty `\boxed{}`.
 
-Boxes with nothing but separators or a name between them (`\boxed{2} and \boxed{-2}`, `\boxed{2}, y=\boxed{3}`) are
-one list answer, so that listing every option cannot be read as choosing the last one. Text outside the box never
+Boxes without words between them but joining ones (`\boxed{2} or \boxed{-2}`, `\boxed{2}, y=\boxed{3}`) are one list
+answer, so that listing every option cannot be read as choosing the last one. Text outside the box never
 counts. Without any box the last non-empty `<answer>...</answer>` is taken, and the rule says so. One pass over the
 text: linear in its length.
 """
@@ -26,11 +26,16 @@ class Extraction:
 
 # A box's opening, an escaped brace or backslash (which closes nothing), or a brace.
 _TOKEN = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\[\\{}](?!boxed|fbox)|[{}]")
-_BETWEEN = re.compile(
-    r"(?:\s|[$,;.&/|*_]|\\[()\[\],;:!]|\\quad|\\qquad|\\text\s*\{\s*(?:and|or)\s*\}|\\(?:lor|land|vee|wedge|cup)\b|~"
-    r"|\b(?:and|or|also)\b|\b[a-zA-Z](?:_\{?\w\}?)?\s*=)*",
+# What keeps apart boxes that are stated together: punctuation, spaces and breaks, joining words.
+_SEPARATOR = re.compile(
+    r"\\[hv]space\*?\s*\{[^{}]*\}|\\[a-zA-Z]+|\\[^a-zA-Z]|<br\s*/?>|[\s$,;.&|*_~:{}()、。，；]"
+    r"|(?<![^\W\d_])(?:and|or|also|maybe|else|either|both|或者|以及)(?![^\W\d_])",
     re.IGNORECASE,
 )
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_EQUAL = re.compile(r"[\s$]*(=|\\approx|≈)[\s$]*")
+MAX_GAP = 2000  # characters between two boxes of a list
+MAX_SIGNS = 24  # of them that are no separators: numbers, operators, names (`, y=`)
 _NOTHING = re.compile(r"(?:\s|[${}~]|\\[,;:!() ]|\\(?:text|mathrm|mathbf|textbf|quad|qquad)\b|\\hspace\{[^{}]*\})*")
 _INNER_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?=\{)")
 
@@ -79,15 +84,25 @@ def _last_group(text: str, boxes: list[tuple[int, int, str]]) -> Extraction:
     parts = [boxes[-1][2]]
     start = boxes[-1][0]
     for left, right, content in reversed(boxes[:-1]):
-        if start - right > 64 or not _BETWEEN.fullmatch(text, right, start):
+        if start - right > MAX_GAP or not _separates(text[right:start]):
             break
-        parts.append(content)
+        equal = _EQUAL.fullmatch(text, right, start)
+        if equal:  # a chain, whose parts must be equal
+            parts[-1] = f"{content} {equal.group(1)} {parts[-1]}"
+        else:
+            parts.append(content)
         start = left
     parts = [_INNER_BOX.sub("", part).strip(" \n") for part in reversed(parts)]
     distinct = list(dict.fromkeys(parts))
     if len(distinct) == 1:
         return Extraction(distinct[0], BOXED)
     return Extraction(", ".join(distinct), BOXED_LIST)
+
+
+def _separates(gap: str) -> bool:
+    """Does the text between two boxes hold no words but joining ones, and few signs besides separators?"""
+    signs = _SEPARATOR.sub(" ", gap)
+    return len(signs) - signs.count(" ") <= MAX_SIGNS and not _WORD.search(signs)
 
 
 def _last_answer_tag(text: str) -> str | None:

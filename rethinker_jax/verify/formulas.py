@@ -2,7 +2,8 @@ r"""LaTeX and plain formulas read into trees: what a pupil writes as a value, an
 
 A tree is a tuple: `("number", Fraction)`, `("name", "x_1")`, `("constant", "pi")`, `("sum" | "product", (tree, ...))`,
 `("quotient" | "power" | "root", tree, tree)` (the root's second part is its index), `("call", "sin", (tree, ...))`.
-Sums, integrals, derivatives, relations and ambiguous texts (`\sin x/2`, `3 4`, `x2`) are refused with `Unread`.
+A derivative `dy/dx` is one name. Sums, integrals, operators, relations and ambiguous texts (`\sin x/2`, `3 4`, `x2`)
+are refused with `Unread`.
 
 Letters in a row are a product, capitals in a row a segment or figure (`AB` is `BA`, not `A` times `B`). `1/2x` is half
 of x, `x/2y` is x over 2y. A whole number before a fraction of whole numbers is a mixed number.
@@ -30,7 +31,7 @@ FUNCTIONS = {
 }
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 _ALIASES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-_GREEK = {
+GREEK = {
     *("alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa"),
     *("lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "hbar", "ell"),
     *("Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi", "Sigma", "Phi", "Psi", "Omega"),
@@ -63,7 +64,7 @@ def read_formula(text: str, segments: bool = True) -> Tree:
 def _read_whole(text: str, segments: bool) -> Tree:
     reader = _Reader(text, segments)
     tree = reader.sum()
-    if reader.token() != "":
+    if reader.token() != "" or "partial" in _names(tree):
         raise Unread(text)
     return tree
 
@@ -155,7 +156,8 @@ class _Reader:
                     if self.starts_factor():
                         tree = ("product", (tree, self.juxtaposed()))
                 else:
-                    tree = ("quotient", tree, self.signed(self.juxtaposed))
+                    bottom = self.signed(self.juxtaposed)
+                    tree = _derivative(tree, bottom) or ("quotient", tree, bottom)
             else:
                 return tree
 
@@ -293,9 +295,7 @@ class _Reader:
             top, bottom = self.argument(), self.argument()
             if name == "binom":
                 return ("call", "binomial", (top, bottom))
-            if _differential(top) and _differential(bottom):
-                raise Unread("a derivative")
-            return ("quotient", top, bottom)
+            return _derivative(top, bottom) or ("quotient", top, bottom)
         if name == "sqrt":
             index: Tree = ("number", Fraction(2))
             if self.token() == "[":
@@ -305,7 +305,9 @@ class _Reader:
             return ("call", "abs", (self.group(),))
         if name in FUNCTIONS:
             return self.function(name)
-        if name in _GREEK:
+        if name == "partial":
+            return ("name", name)
+        if name in GREEK:
             self.at -= 1
             return self.named(name.removeprefix("var"))
         if name in _MARKS:
@@ -368,7 +370,17 @@ class _Reader:
         return ("product", (MINUS_ONE, tree)) if negative else tree
 
 
+def _derivative(top: Tree, bottom: Tree) -> Tree | None:
+    """`dy/dx` as one name: a derivative is no quotient of variables. None for a quotient; an operator is not read."""
+    sides = [tree[1] if tree[0] == "product" else (tree,) for tree in (top, bottom)]
+    if len(sides[1]) < 2 or not all(_differential(side[0]) for side in sides):
+        return None
+    if len(sides[0]) < 2:
+        raise Unread("an operator")  # d/dx before what it derives
+    return ("name", f"derivative {sides}")
+
+
 def _differential(tree: Tree) -> bool:
-    """`d`, `dy`, `d^2 y`."""
-    first = tree[1][0] if tree[0] == "product" else tree
-    return first == ("name", "d") or (first[0] == "power" and first[1] == ("name", "d"))
+    """`d`, `\\partial`, `d^2`."""
+    first = tree[1] if tree[0] == "power" else tree
+    return first in (("name", "d"), ("name", "partial"))

@@ -12,9 +12,11 @@ MAX_TEXT_CHARS = 20_000  # of any answer or gold at all (lists of boxes are long
 MAX_NESTING = 24
 MAX_PARSER_NESTING = 8  # of what goes to math-verify: its parser takes a second for 16 brackets
 MAX_DIGITS = 40  # of one number
-MAX_EXPONENT = 400  # of a number with a number as its base
+MAX_EXPONENT = 1024  # of a number with a number as its base
 MAX_SYMBOLIC_EXPONENT = 40
-MAX_FACTORIAL = 40
+MAX_TOWER = 3  # powers in each other's exponents: e^{e^{e^x}}
+MAX_FACTORIAL = 160
+MAX_ARGUMENTS = 24  # commas of one expression
 MAX_OPERATORS = 120
 MAX_ITEMS = 64  # of a set, tuple or matrix
 MAX_STRUCTURE_NESTING = 4  # of lists, sets and tuples in each other
@@ -32,6 +34,8 @@ _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
 _OPERATOR = re.compile(r"[-+*/^=<>&]|\\(?:cdot|times|div|frac|sqrt|pm|cup|cap)")
 _CHAIN = re.compile(rf"(?:\\[a-zA-Z]+\s*){{{MAX_NESTING},}}")  # \sin\sin\sin...: every command takes the next
 _SYMBOLIC_BASE = re.compile(r"[a-zA-Z)}\]]\s*$")
+_EXPONENT = re.compile(r"\s*[-+]?(?:\d+(?:\.\d+)?|\\[a-zA-Z]+|.)?")
+_CARET = re.compile(r"\s*\^")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 
 
@@ -45,6 +49,8 @@ def refusal(text: str) -> str | None:
         return "digits"
     if len(_OPERATOR.findall(text)) > MAX_OPERATORS:
         return "operators"
+    if text.count(",") > MAX_ARGUMENTS:
+        return "arguments"
     if _FORBIDDEN.search(text):
         return "operation"
     if any(not c.isprintable() for c in text):
@@ -65,7 +71,7 @@ def nesting(text: str) -> int:
 
 
 def _factorial(text: str) -> str | None:
-    if any(int(n) > 4 * MAX_FACTORIAL for n in _BINOMIAL.findall(text)):
+    if any(int(n) > MAX_FACTORIAL for n in _BINOMIAL.findall(text)):
         return "binomial"
     if "!" not in text:
         return None
@@ -76,6 +82,8 @@ def _factorial(text: str) -> str | None:
 
 def _powers(text: str) -> str | None:
     """Refuses towers of numbers and exponents that are large for what they stand on."""
+    if _tower_height(text) > MAX_TOWER:
+        return "tower"
     totals: dict[int, int] = {}  # of every `^`: its exponent times the largest that its base holds
     for match in re.finditer(r"\^", text):
         exponent = _argument(text, match.end())
@@ -97,6 +105,14 @@ def _powers(text: str) -> str | None:
         if before and len(before.group(1)) * largest > 2 * MAX_EXPONENT:
             return "exponent"
     return None
+
+
+def _tower_height(text: str) -> int:
+    heights: dict[int, int] = {}  # of every `^`
+    for match in reversed(list(re.finditer(r"\^", text))):
+        end = match.end() + len(_argument(text, match.end()))
+        heights[match.start()] = 1 + max((height for at, height in heights.items() if at < end), default=0)
+    return max(heights.values(), default=0)
 
 
 def _group_before(text: str, end: int) -> range:
@@ -126,10 +142,10 @@ def _argument(text: str, start: int) -> str:
                 if depth == 0:
                     break
         else:
-            token = re.compile(r"\s*[-+]?(?:\d+(?:\.\d+)?|\\[a-zA-Z]+|.)?").match(text, end)
+            token = _EXPONENT.match(text, end)
             end = token.end() if token and token.end() > end else end + 1
-        power = re.match(r"\s*\^", text[end:])
+        power = _CARET.match(text, end)
         if power is None:
             break
-        end += power.end()
+        end = power.end()
     return text[start:end]

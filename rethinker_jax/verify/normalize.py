@@ -46,7 +46,7 @@ _FONT = re.compile(
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "arcsin", "arccos", "arctan", "lg"}
 _RELATIONS = {"leq": r"\le", "geq": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">"}
 _DEGREE = re.compile(
-    r"\^\s*\{?\s*(?:\\circ|\\degree|°|o(?=\s*\}))\s*\}?|\\(?:degree|circ|textdegree)(?![a-zA-Z])|\{degrees?\}|Â°"
+    r"\^\s*\{?\s*(?:\\circ|\\degree|°|o(?=\s*\}))\s*\}?|\\(?:degree|textdegree|circ(?!\s*\{?\d+(?!['\d])))(?![a-zA-Z])|\{degrees?\}|Â°"
 )
 # The command before a unit lost, as in `8\sqrt{3}{squareinches}`; short words may be a denominator's letters.
 _LOST_TEXT = re.compile(
@@ -61,7 +61,7 @@ _MATH_ENDS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "
 def clean(text: str) -> str:
     """The canonical spelling of one answer or gold. Never raises; linear passes over the text."""
     if text.isascii() and text.isalnum():
-        return text
+        return r"\infty" if text == "infinity" else text
     for damage, repair in _DAMAGE:
         text = damage.sub(repair, text)
     text = text.strip()
@@ -98,9 +98,17 @@ def clean(text: str) -> str:
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}", text)
+    text = (
+        re.sub(
+            r"\\pmod\s*(\w+)|\(\s*(?:\\text\s*\{)?\s*\\?[pb]?mod\s*\}?\s*\{?\s*(\w+)\s*\}?\s*\)", r"\\pmod{\1\2}", text
+        )
+        if "mod" in text
+        else text
+    )
     text = re.sub(r"\\(leq|geq|neq|lt|gt)(?![a-zA-Z])", lambda m: _RELATIONS[m.group(1)], text)
     text = re.sub(r"\\\{\s*\\\}", r"\\emptyset ", text)
     text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"([-+]?)\s*infinity", r"\1\\infty", text) if text.endswith("infinity") and len(text) < 12 else text
     return _strip_ends(text)
 
 

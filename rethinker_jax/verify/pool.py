@@ -6,8 +6,11 @@ workers keep dying at it. Everything else in the chunk goes back to the queue. A
 text), so equal answers to a problem are judged once.
 
 What decides should not depend on the machine's load: CPU time counts as `timeout` with rule `cpu_limit` and is
-remembered. A worker that waits for a core is waited for. One that is stuck past the deadline (stopped, swapped out) is
-killed and its item tried once more, then it is `timeout` with rule `deadline`; that and a crash are never remembered.
+remembered. A worker that waits for a core is waited for, up to `process.MAX_DEADLINES` deadlines. One that is not done
+then, or is stuck past the first (stopped, swapped out), is killed and its item tried once more, then it is `timeout`
+with rule `deadline`; that and a crash are never remembered.
+
+The processes live no longer than the thread that starts them, so threads end only with the pool.
 """
 
 import atexit

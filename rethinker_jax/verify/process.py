@@ -16,7 +16,8 @@ from typing import Any
 from rethinker_jax.config import VerifierConfig
 
 START_TIMEOUT_S = 120.0  # importing the libraries on a busy machine
-MAX_DEADLINES = 20  # how many deadlines an item may take in all, on a machine that hardly lets its worker run
+MAX_DEADLINES = 5  # how many deadlines an item may take in all, on a machine that hardly lets its worker run
+BACKSTOP_S = 10.0  # of CPU, beyond what an item can use before this side ends its worker
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -46,17 +47,22 @@ def worker_environment() -> dict[str, str]:
 class WorkerProcess:
     """Starts at construction; `wait_ready` returns when it listens. Not thread-safe but for `kill`.
 
+    On Linux it is killed when the thread that constructed it ends, so that `kill -9` of this process leaves nothing.
     Raises OSError where the system has no room for a process, its pipes or the file of what it says on standard error.
     """
 
     def __init__(self, config: VerifierConfig, module: Sequence[str] = ()):
-        """`module` is another module than the verifier's that speaks the same lines, with its options."""
+        """`module` is another module than the verifier's that speaks the same lines, with its options.
+
+        It gets `--parent` and the id of this process last.
+        """
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
-        limits = ("--cpu-limit-s", str(config.cpu_limit_s), "--memory-mb", str(config.memory_mb))
-        own = module or ("rethinker_jax.verify.worker", *limits)
+        backstop_s = config.cpu_limit_s + MAX_DEADLINES * config.deadline_s + BACKSTOP_S
+        limits = ("--cpu-limit-s", str(config.cpu_limit_s), "--cpu-backstop-s", str(backstop_s))
+        own = module or ("rethinker_jax.verify.worker", *limits, "--memory-mb", str(config.memory_mb))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", *own],
+                [sys.executable, "-P", "-m", *own, "--parent", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -90,7 +96,7 @@ class WorkerProcess:
 
     def wait_ready(self) -> dict[str, Any]:
         """Raises WorkerGone or DeadlinePassed where the worker does not come up."""
-        return self._read_line(START_TIMEOUT_S)
+        return self.read_line(START_TIMEOUT_S)
 
     def send(self, message: dict[str, Any]) -> None:
         """Queues a message; it is written while `read_reply` waits, so that a full pipe cannot block the caller."""
@@ -99,13 +105,13 @@ class WorkerProcess:
     def read_reply(self, deadline_s: float, cpu_limit_s: float) -> dict[str, Any]:
         """The reply to the item that the worker has turned to. Raises WorkerGone, CpuLimitPassed or DeadlinePassed.
 
-        A worker that could go on if it were given a core is waited for beyond the deadline, so that what decides is
-        its own CPU time and not the load of the machine.
+        A worker that could go on if it were given a core is waited for beyond the deadline, up to MAX_DEADLINES of
+        them, so that what decides is its own CPU time and not the load of the machine.
         """
         turned_at = self._cpu_s
         for _ in range(MAX_DEADLINES):
             try:
-                return self._read_line(deadline_s)
+                return self.read_line(deadline_s)
             except DeadlinePassed:
                 stat = self._stat()
                 if stat is None:
@@ -117,8 +123,8 @@ class WorkerProcess:
                     raise
         raise DeadlinePassed
 
-    def _read_line(self, timeout_s: float) -> dict[str, Any]:
-        """The next line from the worker, within `timeout_s` seconds of wall clock."""
+    def read_line(self, timeout_s: float) -> dict[str, Any]:
+        """The next line within `timeout_s` seconds of wall clock. Raises WorkerGone or DeadlinePassed."""
         deadline = time.monotonic() + timeout_s
         poll = select.poll()  # select.select knows no descriptors above 1023
         poll.register(self._out, select.POLLIN)
@@ -166,13 +172,16 @@ class WorkerProcess:
         return self._errors.read()[-2000:].decode(errors="replace").strip()
 
     def kill(self) -> None:
-        """Ends the process now; safe to call from any thread and twice."""
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
+        """Ends the process and its children now; safe to call from any thread and twice.
+
+        Also where the process has died: until it is waited for, its id is that of its group and of nothing else.
+        """
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter: nothing but a zombie (macOS)
+                os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kills the process, reaps it and closes its pipes."""
+        """Kills the process and its children, reaps it and closes its pipes."""
         self.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

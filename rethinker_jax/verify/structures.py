@@ -12,6 +12,7 @@ from rethinker_jax.verify.guards import MAX_ITEMS, MAX_REWRITTEN
 from rethinker_jax.verify.normalize import closes_at_end, key, plain, split_name
 
 MAX_SIGNS = 3  # plus-minus signs of one item: n of them stand for 2^n items
+_SIGNS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 Same = Callable[[str, str], bool]
 _JOIN = re.compile(
     r"\s*(?:\\text\{\s*(and|or)\s*\}|(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-zA-Z]))\s*",
@@ -21,11 +22,15 @@ _JOIN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """`shape` is `set`, `tuple`, `list` (bare commas), `bracket` or `half` (half-open); `closed` = (left, right)."""
+    """`shape` is `set`, `tuple`, `list` (bare commas), `bracket` or `half` (half-open); `closed` = (left, right).
+
+    `joints` are the words and signs between the items of a list: `and`, `or`, `land`, `lor`.
+    """
 
     shape: str
     items: tuple[str, ...]
     closed: tuple[bool, bool] = (False, False)
+    joints: frozenset[str] = frozenset()
 
 
 def split_top(text: str, separators: str = ",;") -> list[str]:
@@ -65,7 +70,7 @@ def split_list(text: str) -> list[str]:
         return [text]
     joined = _JOIN.sub(" ; ", text)
     items = [item for item in split_top(joined, ",;" if not _one_thousands(joined) else ";") if item]
-    if any(r"\pm" in item or r"\mp" in item for item in items):
+    if any(_SIGNS.search(item) for item in items):
         items = [signed for item in items for signed in _both_signs(item)]
     return items[: MAX_ITEMS + 1]
 
@@ -77,7 +82,8 @@ def _one_thousands(text: str) -> bool:
 def _both_signs(item: str) -> list[str]:
     if not 1 <= item.count(r"\pm") <= MAX_SIGNS:
         return [item]
-    return [item.replace(r"\pm", "+" if item.split(r"\pm")[0].strip() else "", 1), item.replace(r"\pm", "-", 1)]
+    plus = "+" if item.split(r"\pm")[0].strip() else ""
+    return [signed for sign in (plus, "-") for signed in _both_signs(item.replace(r"\pm", sign, 1))]
 
 
 def parse_parts(text: str) -> Parts | None:
@@ -95,7 +101,23 @@ def parse_parts(text: str) -> Parts | None:
             return Parts("half", items, (text[0] == "[", text[-1] == "]"))
         return None
     items = tuple(split_list(text))
-    return Parts("list", items) if len(items) > 1 else None
+    return Parts("list", items, joints=_joints(text)) if len(items) > 1 else None
+
+
+def _joints(text: str) -> frozenset[str]:
+    found = (re.sub(r"[^a-z]|text", "", match.group().lower()) for match in _JOIN.finditer(text))
+    return frozenset({"vee": "lor", "wedge": "land"}.get(joint, joint) for joint in found)
+
+
+def _joined_otherwise(gold: Parts, answer: Parts) -> bool:
+    """Do the items stand in another relation? `or` may join solutions, but neither names nor logical formulas."""
+    if any(_RELATION.search(item) or "=" in item for item in (*gold.items, *answer.items)):
+        return False
+    left, right = ({joint.removeprefix("l") for joint in parts.joints} for parts in (gold, answer))
+    words = any(re.search(r"[^\W\d_]{2,}", re.sub(r"\\[a-zA-Z]+", "", plain(item))) for item in gold.items)
+    if words or not {"lor", "land"}.isdisjoint(gold.joints | answer.joints):
+        return left != right and "or" in left | right
+    return left == {"and"} and "or" in right  # a gold's `2 or 3` are two solutions
 
 
 def _one_bracket(text: str) -> bool:
@@ -103,6 +125,8 @@ def _one_bracket(text: str) -> bool:
 
 
 def same_parts(gold: Parts, answer: Parts, same: Same) -> bool:
+    if _joined_otherwise(gold, answer):
+        return False
     if len(gold.items) != len(answer.items):
         left, right = _distinct(gold, same), _distinct(answer, same)
         if left is None or right is None or len(left) != len(right):
@@ -203,7 +227,9 @@ _UNION = re.compile(
 )
 
 
-_SIZE = re.compile(r"\|\s*[a-zA-Z]\s*\|\s*(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<=|>=|<|>)\s*([^,;|<>\\]+)")
+_SIZE = re.compile(
+    r"\|\s*[a-zA-Z]\s*(?:([-+])\s*([^|<>,;]+))?\|\s*(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<=|>=|<|>)\s*([^,;|<>\\]+)"
+)
 
 
 def parse_intervals(text: str) -> tuple[Interval, ...] | None:
@@ -214,7 +240,7 @@ def parse_intervals(text: str) -> tuple[Interval, ...] | None:
     text = re.sub(r"^\\\{\s*[a-zA-Z]\s*(?:\\in\s*\S+\s*)?(?:\||:|\\mid)\s*(.*)\\\}$", r"\1", text)  # set-builder
     if is_real_line(text) or plain(text) == "R":
         return (Interval("-" + _INF, False, _INF, False),)
-    pieces = [_intervals(piece.strip()) for piece in _UNION.split(text)]
+    pieces = [_intervals(piece.strip()) or _both_bounds(piece) for piece in _UNION.split(text)]
     return tuple(interval for piece in pieces for interval in piece) if all(pieces) else None
 
 
@@ -247,8 +273,12 @@ def _intervals(text: str) -> tuple[Interval, ...]:
         return Interval("-" + _INF, False, hole.group(2), False), Interval(hole.group(2), False, _INF, False)
     size = _SIZE.fullmatch(text)
     if size:
-        operator, bound = _OPERATORS.get(size.group(1), size.group(1)), size.group(2)
+        sign, shift, relation, bound = size.groups()
+        operator = _OPERATORS.get(relation, relation)
         closed, low = len(operator) == 2, f"-({bound})"
+        if shift:  # |x - 1| < 2
+            centre = f"-({shift})" if sign == "+" else f"({shift})"
+            low, bound = f"{centre}-({bound})", f"{centre}+({bound})"
         if operator[0] == "<":
             return (Interval(low, closed, bound, closed),)
         return Interval("-" + _INF, False, low, closed), Interval(bound, closed, _INF, False)
@@ -256,8 +286,26 @@ def _intervals(text: str) -> tuple[Interval, ...]:
     return (interval,) if interval else ()
 
 
+_BOTH = re.compile(r"\s*(?:\\text\{\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:land|wedge)(?![a-zA-Z]))\s*")
+
+
+def _both_bounds(text: str) -> tuple[Interval, ...]:
+    """`x > 1 and x < 3` as one interval; () for anything else."""
+    pieces = _BOTH.split(text)
+    if len(pieces) != 2 or variable_of(pieces[0]) != variable_of(pieces[1]):
+        return ()
+    bounds = [_interval(piece) for piece in pieces]
+    lows = [bound for bound in bounds if bound and bound.high == _INF]
+    highs = [bound for bound in bounds if bound and bound.low == "-" + _INF]
+    if len(lows) != 1 or len(highs) != 1:
+        return ()
+    return (Interval(lows[0].low, lows[0].low_closed, highs[0].high, highs[0].high_closed),)
+
+
 def _interval(text: str) -> Interval | None:
     text = text.strip()
+    if len(text) > 2 and (text[0] == "]" or text[-1] == "[") and text[0] in "[]" and text[-1] in "[]":  # ]1, 2]
+        text = ("(" if text[0] == "]" else "[") + text[1:-1] + (")" if text[-1] == "[" else "]")
     parts = parse_parts(text)
     if parts and parts.shape in ("tuple", "bracket", "half") and len(parts.items) == 2:
         left, right = (True, True) if parts.shape == "bracket" else parts.closed
@@ -298,7 +346,8 @@ def _endpoint(text: str) -> str:
 
 def variable_of(text: str) -> str:
     """The variable that an inequality bounds ("" for interval notation)."""
-    for piece in _RELATION.split(text)[0::2]:
+    sides = _RELATION.split(text)[0::2]
+    for piece in sides[1:2] if len(sides) == 3 else sides:  # a < b < c bounds b
         if _VARIABLE.fullmatch(piece.strip()):
             return piece.strip()
     return ""
@@ -327,7 +376,7 @@ def _same_interval(gold: Interval, answer: Interval, same: Same) -> bool:
     )
 
 
-_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
 
 def parse_matrix(text: str) -> tuple[tuple[str, ...], ...] | None:

@@ -1,9 +1,10 @@
 """Expressions and equations: by our own parser and arithmetic, and by math-verify (sympy) where those do not decide.
 
 The size guards come first. `formulas` reads what pupils write and `values` compares it at fixed points. What they do
-not read (relations of several variables, plus-minus, infinity, derivatives) or leave open (equations that are not
+not read (relations of several variables, plus-minus) or leave open (equations that are not
 proportional) goes to math-verify, gold first (the comparison is not symmetric), with a check by values that may veto:
-math-verify alone takes `1/2^60` for `1/2^61`. Its own alarms are off: a worker's limits decide, and sympy is only ever
+math-verify alone takes `1/2^60` for `1/2^61`, and drops the tail after commands it does not know, so only known ones go
+there. Its own alarms are off: a worker's limits decide, and sympy is only ever
 called under them. Sympy objects never leave this module, and are never turned into text.
 """
 
@@ -12,9 +13,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from rethinker_jax.verify.formulas import BARE_LOG, FUNCTIONS, Unread, has, names_in, read_formula
+from rethinker_jax.verify.formulas import BARE_LOG, FUNCTIONS, GREEK, Unread, has, names_in, read_formula
 from rethinker_jax.verify.guards import MAX_PARSER_NESTING, nesting, refusal
 from rethinker_jax.verify.normalize import plain
+from rethinker_jax.verify.numbers import Number, parse_number
 from rethinker_jax.verify.values import constant_value, point_of, same_equations, same_values
 
 MAX_DEGREE = 12  # of polynomials whose zeros are compared
@@ -30,6 +32,21 @@ _TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _AMBIGUOUS = re.compile(r"[\d°]\s*['_]|(?<![a-zA-Z})'])'|°\s*\d|^\s*°|(?<![_\d])\d+\s+\d")
 _SEGMENT = re.compile("[A-Z]{2}")
 _RUN = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+# What the parser knows and keeps. It drops the tail after most others without a word: `5 \\approx 6` would be 5.
+_COMMANDS = {
+    *(FUNCTIONS | GREEK),
+    *("frac", "binom", "sqrt", "pi", "infty", "cdot", "times", "div", "pm", "mp", "le", "ge", "ne", "cup", "cap"),
+    *("emptyset", "lfloor", "rfloor", "lceil", "rceil", "lvert", "rvert"),
+}
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_OPERATOR = re.compile(
+    r"(?<![a-zA-Z\\])d\s*/\s*d[a-zA-Z]|\\frac\s*\{\s*(?:d|\\partial)\s*(?:\^[^{}]*|\^\{\d\})?\s*\}\s*\{\s*(?:d|\\partial)\s*[a-zA-Z\\]"
+)
+_RELATION = re.compile(r"\\(?:le|ge|ne)(?![a-zA-Z])|[<>]=?|!=|=")
+_INDEXED = re.compile(r"[})\]\d!°|]\s*_")  # a value with an index
+_INFINITY = re.compile(r"[-+]?\s*\\infty\s*")
+_ABOUT = re.compile(r"\\approx(?![a-zA-Z])")
+_UNION = re.compile(r"[A-Z]'?(?: ?\\(cup|cap) ?[A-Z]'?)(?: ?\\\1 ?[A-Z]'?)*")
 _SAFE = re.compile(r"[^\"'`@#$;:?_~]*|(?:[^\"`@#$;:?~]|_(?!_))*")
 
 
@@ -57,8 +74,10 @@ def has_words(text: str) -> bool:
 
 @lru_cache(maxsize=512)
 def _parse(text: str) -> Any:
-    if nesting(text) > MAX_PARSER_NESTING:
+    if _misread(text):
         raise Unparsed
+    if nesting(text) > MAX_PARSER_NESTING or sum(map(text.count, "([{")) != sum(map(text.count, ")]}")):
+        raise Unparsed  # it would be refused there too, after a second
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
@@ -96,8 +115,35 @@ def _unsafe(text: str) -> bool:
     return not _SAFE.fullmatch(text) or bool(_AMBIGUOUS.search(text))
 
 
+def _misread(text: str) -> bool:
+    """Does math-verify drop a part of this without a word: commands that it does not know, relations in a chain?"""
+    relations = _RELATION.findall(text)
+    chained = len(relations) > 1 and not {"=", "!=", r"\ne"}.isdisjoint(relations)
+    if "..." in text or _INDEXED.search(text) or (r"\infty" in text and not _INFINITY.fullmatch(text)):
+        return True
+    return chained or bool(_OPERATOR.search(text)) or any(name not in _COMMANDS for name in _COMMAND.findall(text))
+
+
+def _exact_part(text: str) -> str:
+    """`2\\pi` of `2\\pi \\approx 6.28`, where every part after the first is a decimal that the first rounds to."""
+    head, *tail = (part.strip() for part in _ABOUT.split(text))
+    value = number_value(head) if tail else None
+    if value is None:
+        return text
+    numbers = [parse_number(part) for part in tail]
+    return head if all(number is not None and _rounds_to(value, number) for number in numbers) else text
+
+
+def _rounds_to(value: Fraction, number: Number) -> bool:
+    """Is the number written as a decimal, or whole, and within half of its last digit?"""
+    if number.decimals is None and number.value.denominator != 1:
+        return number.value == value
+    return abs(value - number.value) * 2 <= Fraction(10) ** -(number.decimals or 0)
+
+
 def same_expression(gold: str, answer: str) -> tuple[bool, str]:
     """Whether two expressions or equations (cleaned, without units and names) are equal, and what decided."""
+    answer = _exact_part(answer)
     guard = refusal(answer) or ("characters" if _unsafe(answer) else None)
     if guard:
         return False, f"guard_{guard}"
@@ -105,6 +151,8 @@ def same_expression(gold: str, answer: str) -> tuple[bool, str]:
         return False, "guard_gold"
     if has_words(answer):
         return False, "words"
+    if _UNION.fullmatch(gold) and _UNION.fullmatch(answer):  # sets may change places, operators not
+        return sorted(gold.replace(" ", "")) == sorted(answer.replace(" ", "")), "sets"
     return _by_values(gold, answer) or _by_sympy(gold, answer)
 
 
@@ -149,11 +197,15 @@ def _by_sympy(gold: str, answer: str) -> tuple[bool, str]:
         right = _parse(_for_parser(answer))
     except Unparsed:
         return False, "answer_unparsed"
-    return _compare(left, right)
+    try:
+        return _compare(left, right)
+    except (TypeError, NotImplementedError, AttributeError, ValueError):  # sympy: on objects that do not go together
+        return False, "sympy_error"
 
 
 def number_value(text: str) -> Fraction | None:
     """The value of a closed form to 30 digits, or None for what is none (variables, complex, refused by a guard)."""
+    text = _exact_part(text)
     if refusal(text) or _unsafe(text) or has_words(text):
         return None
     try:

@@ -105,13 +105,33 @@ def is_empty_set(text: str) -> bool:
     return bool(_NO_SOLUTION.fullmatch(plain(text).lower().strip(" .")))
 
 
+_POLARITY_END = re.compile(
+    r"\s*(?:$|[,;:!(]|\.(?!\s*\d)|\s?-(?=\s|because|since|it|the)|\s(?:because|since|as|it|it's|they|he|she|this|that|there|the)\b)"
+)
+_CONDITION = re.compile(
+    r"\b(?:if|unless|when|whenever|only (?:if|when|where|for|in|on|sometimes)|provided|assuming|except|but|however)\b"
+)
+_NOT_SURE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|probably|unsure|unknown|not sure|not certain|depends?|no idea|not know|don't know"
+    r"|guess|(?:cannot|can't|can not) (?:tell|say|be))\b"
+)
+
+
 def polarity(text: str) -> bool | None:
-    """True for yes/true, False for no/false, None for what is neither or both (`not sure`, `I do not know`)."""
-    words = re.findall(r"[a-z']+", _LEAD.sub("", plain(clean(text))).lower())
+    """True for yes/true, False for no/false, None for what is neither, both, doubtful or on a condition.
+
+    `No idea` and `no solution` are no `no`: only a mark, a reason or a subject may follow.
+    """
+    text = _LEAD.sub("", plain(clean(text))).lower()
+    words = re.findall(r"[a-z']+", text)
     if not words or words[0] not in _POLARITY or len(words) > 40:
         return None
-    first = _POLARITY[words[0]]
-    rest = words[1:]
+    first, rest = _POLARITY[words[0]], words[1:]
+    after = text.partition(words[0])[2]
+    if not _POLARITY_END.match(after) or _NOT_SURE.search(after):
+        return None
+    if _CONDITION.search(re.split(r"\b(?:because|since)\b", after)[0]):  # a reason may have conditions
+        return None
     if any(word in _DOUBT for word in rest[:3]) or any(word in _POLARITY and _POLARITY[word] != first for word in rest):
         return None
     return first

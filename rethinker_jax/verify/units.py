@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from rethinker_jax.verify.normalize import plain
+from rethinker_jax.verify.numbers import NUMBER_WORDS
 
 Dimension = tuple[tuple[str, int], ...]
 
@@ -126,47 +127,36 @@ _add("F farad farads", {"mass": -1, "length": -2, "time": 4, "current": 2})
 _add("μF", {"mass": -1, "length": -2, "time": 4, "current": 2}, "1/1000000")
 _add("dB", {"decibel": 1})
 MAX_UNIT_CHARS = 80  # of a unit behind an expression
+# Short names that no other prefix makes another unit in capitals; the case of the rest counts (`mg` is not `Mg`).
+_ANY_CASE_TEXT = """
+    km cm cms kg in ft yd mi lb lbs oz gal hr hrs sec min day wk yr yrs deg ton usd atm mol cc
+"""
+_ANY_CASE = set(_ANY_CASE_TEXT.split())
 _SPEEDS = {"mph": "mi/h", "kmph": "km/h", "kph": "km/h", "kmh": "km/h", "mps": "m/s", "rpm": "", "fps": "ft/s"}
 _NO_UNIT = {"unit", "units", "square units", "cubic units", "sq units", "sq. units", "u", "su"}
 _PER = re.compile(r"\bper\b|\ban?(?= (?:hour|minute|second|day|week|year|month)\b)|\\div|÷")
 _GLUED = re.compile(r"([a-zA-Z]{2,5})(?=\s*\^\s*\{?\s*-)")  # `ms^{-2}`: metres per second squared
 _FACTOR = re.compile(r"(°\s?[CF]?|[a-zA-ZμΩ$€£¥₹¢]+\.?)\s*(?:\^\s*\{?\s*\(?([+-]?\d)\)?\s*\}?|([23](?!\d)))?")
 _MISSING = Unit()
-# Words after a number that would change what it says.
-_BLOCKED = {
-    "or",
-    "and",
-    "not",
-    "wrong",
-    "to",
-    "minus",
-    "plus",
-    "less",
-    "more",
-    "than",
-    "versus",
-    "vs",
-    "over",
-    "under",
-    "below",
-    "above",
-    "maybe",
-    "but",
-    "if",
-    "except",
-    "false",
-    "incorrect",
-    "true",
-    "unless",
-    "when",
-    "where",
-    "either",
-    "neither",
-    "nor",
-    "approximately",
-    "pi",
-    "e",
-}
+# Words beside a number that would change what it says: numbers, operations, negation, doubt, verbs.
+_BLOCKED_WORDS_TEXT = """
+    dozen dozens score gross lakh lakhs crore crores bn mn mln k half halves third thirds quarter quarters fourth
+    fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundreds hundredth
+    hundredths thousands thousandth thousandths millions millionth millionths billions billionth billionths squared
+    cubed doubled tripled halved twice thrice divided multiplied mod modulo power powers root inverse reciprocal
+    factorial raised increased decreased reduced added subtracted minus plus over pi e log ln sin cos tan sqrt bc
+    bce or and not no none never nothing wrong wrongly incorrect false true lie lies lied to less more fewer than
+    versus vs under below above before after without excluding except unless if when where whether either neither
+    nor both but however maybe perhaps possibly probably likely unlikely unknown unsure sure doubt guess sorry then
+    else otherwise rather instead actually opposite almost nearly about approximately approx off other another
+    previous is are was were be been am isn aren equals means meant mean has have had would should could can cannot
+    will may might must do does did don i we you they he she it
+"""
+BLOCKED_WORDS = NUMBER_WORDS | set(_BLOCKED_WORDS_TEXT.split())
+# These are labels as such (`2 double bonds`, `3 negative roots`), but say something else where nothing follows.
+_BLOCKED_AT_END = {"negative", "double", "triple", "square", "cube", "short", "point"}
+_LABEL_FILLERS = {"the", "a", "an", "of", "in", "total", "on", "per", "for", "each", "at", "from", "with"}
+MAX_LABEL_WORDS = 3
 
 
 @lru_cache(maxsize=4096)
@@ -230,10 +220,11 @@ def _unglue(match: re.Match[str]) -> str:
 
 def _lookup(name: str) -> tuple[dict[str, int], Fraction] | None:
     name = name.replace(" ", "")
-    for candidate in (name, name.rstrip("."), name.lower(), name.lower().rstrip(".")):
-        if candidate in _TABLE and (len(candidate) > 1 or candidate == name.rstrip(".")):
+    for candidate in (name, name.rstrip(".")):
+        if candidate in _TABLE:
             return _TABLE[candidate]
-    return None
+    lowered = name.lower().rstrip(".")
+    return _TABLE.get(lowered) if len(lowered) >= 4 or lowered in _ANY_CASE else None
 
 
 def _powers_in_words(text: str) -> str:
@@ -245,14 +236,17 @@ def _powers_in_words(text: str) -> str:
 
 
 def _label(text: str) -> Unit | None:
-    if not re.fullmatch(r"[A-Za-z][A-Za-z' .-]{1,60}", text):
+    """A few plain nouns (`red cars`, `students per class`); None where any word could change the number before it."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z' -]{1,60}\.?", text):
         return None
     words = re.findall(r"[a-z']+", text.lower())
-    if not words or len(words) > 6 or any(word in _BLOCKED for word in words) or all(len(word) == 1 for word in words):
+    kept = [_singular(word) for word in words if word not in _LABEL_FILLERS]
+    if len(kept) > MAX_LABEL_WORDS or any(word in BLOCKED_WORDS or "n't" in word for word in words):
         return None
-    kept = [
-        _singular(word) for word in words if word not in ("the", "a", "an", "of", "in", "total", "is", "are", "there")
-    ]
+    if any(len(word) == 1 for word in kept) or words[-1] in _BLOCKED_AT_END:
+        return None
+    if "times" in words[:-1]:  # `5 times` is a count, `5 times as much as that` a product
+        return None
     return Unit(label=" ".join(kept)) if kept else _MISSING
 
 
