@@ -141,7 +141,7 @@ class RolloutConfig:
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
     num_workers: Positive = 1
-    deadline_s: PositiveFloat = 2.0  # wall clock per item, the backstop
+    deadline_s: PositiveFloat = 2.0  # wall clock per item, the backstop; up to five of them where it waits for a core
     cpu_limit_s: PositiveFloat = 1.0  # CPU time per item, what decides
     memory_mb: Positive = 1024
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,18 @@ def spoil_preprocessor(model: Path) -> None:
     (model / "preprocessor_config.json").unlink()
 
 
+def deep(name: str) -> Callable[[Path], None]:
+    """JSON that nests deeper than a parser can follow."""
+    return lambda model: (model / name).write_text("[" * 100_000) and None
+
+
+def value(name: str, key: str, wrong: Any) -> Callable[[Path], None]:
+    def spoil(model: Path) -> None:
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | {key: wrong}))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "wanted"),
     [
@@ -185,6 +198,15 @@ def spoil_preprocessor(model: Path) -> None:
         (spoil_config, "config.json"),
         (spoil_tokenizer, "tokenizer"),
         (spoil_preprocessor, "preprocessor_config.json"),
+        (deep("config.json"), "config.json is not JSON"),
+        (deep("preprocessor_config.json"), "preprocessor_config.json is not JSON"),
+        (deep("generation_config.json"), "generation_config.json is not JSON"),
+        (deep("tokenizer_config.json"), "tokenizer_config.json"),
+        (deep("tokenizer.json"), "tokenizer.json"),
+        (value("config.json", "tie_word_embeddings", "false"), "tie_word_embeddings must be true or false"),
+        (value("preprocessor_config.json", "image_std", [0, 0, 0]), "image_std must be"),
+        (value("generation_config.json", "eos_token_id", [1.7]), "eos_token_id must be"),
+        (value("generation_config.json", "eos_token_id", "x"), "eos_token_id must be"),
     ],
 )
 def test_a_model_directory_that_cannot_be_used(here: Path, capsys: pytest.CaptureFixture[str], spoil: Any, wanted: str):

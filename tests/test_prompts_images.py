@@ -262,11 +262,38 @@ def test_a_directory_is_read_as_transformers_reads_it(tmp_path, published):
         ({"do_resize": False}, "do_resize"),
         ({"resample": 2}, "resample"),
         ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"rescale_factor": "x"}, "rescale_factor must be a number"),
+        ({"rescale_factor": 0}, "rescale_factor must be a number"),  # not the default
+        ({"patch_size": None}, "patch_size must be a whole number"),
+        ({"patch_size": "x"}, "patch_size must be a whole number"),
+        ({"merge_size": 2.5}, "merge_size must be a whole number"),
+        ({"temporal_patch_size": True}, "temporal_patch_size must be a whole number"),
+        ({"image_mean": 0.5}, "image_mean must be a list of three"),
+        ({"image_mean": [0.5]}, "image_mean must be a list of three"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean must be a list of three"),
+        ({"image_mean": [0, 0, float("nan")]}, "image_mean must be a list of three"),
+        ({"image_std": [0, 0, 0]}, "image_std must be a list of three numbers above 0"),
+        ({"image_std": [1, 1, 1e-50]}, "image_std must be a list of three numbers above 0"),  # 0 in float32
+        ({"size": 224}, "size must be an object"),
+        ({"size": "x"}, "size must be an object"),
+        ({"size": {"shortest_edge": "x"}}, "shortest_edge must be a whole number"),
+        ({"size": {"max_pixels": 1e9}}, "max_pixels must be a whole number"),
+        ({"min_pixels": "x"}, "min_pixels must be a whole number"),
+        ({"min_pixels": -5}, "min_pixels must be a whole number"),
+        ({"min_pixels": 0}, "min_pixels must be a whole number"),  # not the default
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(tmp_path, content, says):
-    with pytest.raises(UserError, match=says):
+    """Catches a traceback, pixels divided by 0, and a value that is replaced by the default."""
+    with pytest.raises(UserError, match=says) as caught:
         ImageSettings.from_directory(write(tmp_path, "preprocessor_config.json", content))
+    assert str(tmp_path / "preprocessor_config.json") in str(caught.value)
+
+
+def test_colours_may_have_any_mean(tmp_path):
+    """Catches a mean held to what a deviation must be: 0 and below are used by other normalisations."""
+    settings = ImageSettings.from_directory(write(tmp_path, "preprocessor_config.json", {"image_mean": [0, -1, 0.5]}))
+    assert settings.mean == (0.0, -1.0, 0.5)
 
 
 def test_a_directory_without_settings_says_which_file_is_wanted(tmp_path):

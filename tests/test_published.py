@@ -123,7 +123,7 @@ def test_keys_beside_text_config_mean_nothing(tmp_path: Path) -> None:
         ({"layer_types": ["sliding_attention"] * 28}, "sliding_attention"),
         ({"vocab_size": 1.5}, "vocab_size must be a whole number of at least 1, came 1.5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0, came 'small'"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0 that float32 holds, came 'small'"),
         ({"vision_config": {"hidden_size": 1280, "out_hidden_size": 2048}}, "out_hidden_size 2048"),
         ({"vision_config": {"hidden_size": 1312}}, "num_heads 16"),  # 82 a head
         ({"vision_config": {"window_size": 27}}, "window_size 27"),
@@ -135,6 +135,63 @@ def test_a_size_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]
     with pytest.raises(UserError) as caught:
         read_config(tmp_path)
     assert named in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
+
+
+VISION = published_config("7B")["vision_config"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vision_config": {**VISION, "fullatt_block_indexes": "15"}}, "fullatt_block_indexes must be a list"),
+        ({"vision_config": {**VISION, "fullatt_block_indexes": [1.7]}}, "fullatt_block_indexes must be a list"),
+        ({"vision_config": {**VISION, "fullatt_block_indexes": None}}, "fullatt_block_indexes must be a list"),
+        ({"vision_config": {**VISION, "fullatt_block_indexes": [True, -1]}}, "fullatt_block_indexes must be a list"),
+        ({"vision_config": {**VISION, "hidden_size": None}}, "in vision_config, hidden_size must be"),
+        ({"vision_config": {**VISION, "rope_parameters": {"rope_type": "linear"}}}, "in vision_config, rope_type"),
+        ({"vision_config": "vit"}, "vision_config must be an object"),
+        ({"text_config": [1]}, "text_config must be an object"),
+        ({"rope_scaling": "mrope"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"mrope_section": [4.9, 4.9, 4.9]}}, "mrope_section must be a list"),
+        ({"rope_scaling": {"mrope_section": None}}, "mrope_section must be a list"),
+        ({"rope_scaling": {"mrope_section": [-16, 40, 40]}}, "mrope_section must be a list"),
+        ({"rope_scaling": {"mrope_section": [16, 48]}}, "mrope_section [16, 48] must be three numbers"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, came 'false'"),
+        ({"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
+        ({"layer_types": 5}, "layer_types must be a list"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
+        ({"rope_theta": 1e-50}, "rope_theta must be a number"),  # 0 in float32
+        ({"torch_dtype": 5}, "torch_dtype must be a word"),
+        ({"image_token_id": 152064}, "image_token_id must be below vocab_size 152064"),
+        ({"video_token_id": 152064}, "video_token_id must be below vocab_size 152064"),
+        ({"image_token_id": None}, "image_token_id must be a whole number"),
+        ({"image_token_id": 151656}, "video_token_id must be another token than image_token_id"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    """Catches a value that is made to fit: "15" read as blocks 1 and 5, 4.9 as 4, "false" as true."""
+    (tmp_path / "config.json").write_text(json.dumps({**published_config("7B"), **change}))
+    with pytest.raises(UserError) as caught:
+        read_config(tmp_path)
+    assert named in str(caught.value) and str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "mrope", "rope_type": None, "mrope_section": [16, 24, 24]}},
+        {"rope_scaling": {"type": None, "rope_type": "default", "mrope_section": [16, 24, 24]}},
+        {"text_config": None},
+        {"use_sliding_window": None},
+        {"head_dim": None},
+        {"dtype": None},
+    ],
+)
+def test_a_null_that_means_nothing_is_read(change: dict[str, Any]) -> None:
+    """Catches a reader so strict that it refuses what transformers 4 or 5 writes or reads."""
+    assert parse_config({**published_config("7B"), **change}) == parse_config(published_config("7B"))
 
 
 @pytest.mark.parametrize("size", SIZES)

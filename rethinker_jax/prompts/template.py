@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rethinker_jax.errors import UserError
-from rethinker_jax.json_values import read_object
+from rethinker_jax.json_values import read_object, whole_list
 from rethinker_jax.types import Problem
 
 IMAGE_TAG = "<image>"
@@ -222,10 +222,16 @@ class ChatTokenizer:
             )
 
     def _read_end_token_ids(self) -> tuple[int, ...]:
-        listed = _read_json(self.directory / "generation_config.json").get("eos_token_id")
-        listed = listed if isinstance(listed, list) else [listed]
+        path = self.directory / "generation_config.json"
+        listed = _read_json(path).get("eos_token_id", [])
+        try:
+            named = whole_list(
+                {"eos_token_id": [listed] if isinstance(listed, int) else listed or []}, "eos_token_id", ()
+            )
+        except ValueError as error:
+            raise UserError(f"{path}: a value cannot be used: {error}. Compare it with the published file.") from error
         own = self._tokenizer.eos_token_id
-        ends = tuple(dict.fromkeys(int(index) for index in [own, *listed] if index is not None))
+        ends = tuple(dict.fromkeys([*([] if own is None else [own]), *named]))
         if not ends:
             raise UserError(
                 f"{self.directory}: no end token; wanted eos_token_id in generation_config.json or a tokenizer with one"
