@@ -174,7 +174,11 @@ def spoil_preprocessor(model: Path) -> None:
 
 def deep(name: str) -> Callable[[Path], None]:
     """JSON that nests deeper than a parser can follow."""
-    return lambda model: (model / name).write_text("[" * 100_000) and None
+
+    def spoil(model: Path) -> None:
+        (model / name).write_text("[" * 100_000)
+
+    return spoil
 
 
 def value(name: str, key: str, wrong: Any) -> Callable[[Path], None]:

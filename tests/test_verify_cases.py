@@ -478,6 +478,7 @@ FLOODS = [
     ("cat", r"\text{" + "a{b}" * 900, "groups in a text that never closes"),
     ("5 cm", "(((" * 6 + r"\pi" + ")))" * 6 + r"\pm\infty", "brackets that only the other parser reads"),
     ("(1,2)", "i^" * 30 + "i", "a tower without a number"),
+    ("-7.0N30°E1234567", "x+1", "a letter that a parser takes for a power of ten"),
 ]
 
 

@@ -28,6 +28,7 @@ _FORBIDDEN = re.compile(
     r"input|include|write|def|let|newcommand|csname|catcode)(?![a-zA-Z])"
 )
 _DIGITS = re.compile(rf"\d[\d,.]{{{MAX_DIGITS},}}")
+_TEN_TO = re.compile(r"[eE]\s*[-+]?\d{4,}")  # parsers take it for a power of ten
 _FACTORIAL = re.compile(r"(\S?)\s*!")
 _NUMBER_FACTORIAL = re.compile(r"(\d+)\s*!")
 _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
@@ -47,6 +48,8 @@ def refusal(text: str) -> str | None:
         return "nesting"
     if _DIGITS.search(text):
         return "digits"
+    if _TEN_TO.search(text):
+        return "exponent"
     if len(_OPERATOR.findall(text)) > MAX_OPERATORS:
         return "operators"
     if text.count(",") > MAX_ARGUMENTS:
