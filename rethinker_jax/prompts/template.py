@@ -223,11 +223,11 @@ class ChatTokenizer:
 
     def _read_end_token_ids(self) -> tuple[int, ...]:
         path = self.directory / "generation_config.json"
-        listed = _read_json(path).get("eos_token_id", [])
+        listed = _read_json(path).get("eos_token_id")
+        if listed is None or isinstance(listed, int):
+            listed = [] if listed is None else [listed]
         try:
-            named = whole_list(
-                {"eos_token_id": [listed] if isinstance(listed, int) else listed or []}, "eos_token_id", ()
-            )
+            named = whole_list({"eos_token_id": listed}, "eos_token_id", ())
         except ValueError as error:
             raise UserError(f"{path}: a value cannot be used: {error}. Compare it with the published file.") from error
         own = self._tokenizer.eos_token_id
