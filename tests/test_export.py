@@ -116,9 +116,10 @@ def test_transformers_loads_what_is_written(form: str, tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors")
     config, params = load_params(source, read_config(source), jnp.float32)
     write_model_directory(source, tmp_path / "output", config, params)
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "output", dtype="auto", output_loading_info=True
     )
+    model, info = loaded
     assert {key: found for key, found in info.items() if found} == {}
     theirs = {hub_name(name): tensor for name, tensor in model.state_dict().items()}
     assert theirs.keys() == tensors.keys()
