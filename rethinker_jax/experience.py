@@ -12,6 +12,7 @@ from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.sharding import row_shards
+from rethinker_jax.rewards.terms import add_part
 from rethinker_jax.rollout import Group, budgets_of
 from rethinker_jax.step_metrics import share
 from rethinker_jax.system import System
@@ -54,8 +55,7 @@ def with_consistency(
 
 def _with_bonus(rollout: Rollout, bonus: float) -> Rollout:
     """The bonus goes to the response that is trained on."""
-    verdict = rollout.verdict
-    verdict = dataclasses.replace(verdict, reward=verdict.reward + bonus, parts={**verdict.parts, "consistency": bonus})
+    verdict = add_part(rollout.verdict, "consistency", bonus, 1.0)
     if rollout.kept:
         return dataclasses.replace(rollout, forced_verdict=verdict)
     return dataclasses.replace(rollout, first_verdict=verdict)

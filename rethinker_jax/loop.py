@@ -197,25 +197,7 @@ def train_step(
         metrics |= gaps
 
     # replay, update
-    found = []
-    for start in range(0, len(experiences), config.training.batch_size):
-        raw = experiences[start : start + config.training.batch_size]
-        update = int(jax.device_get(progress.state.num_updates))
-        chosen = replay.select(raw, progress.buffer, config.replay, config.advantage.epsilon, (config.run.seed, update))
-        progress.buffer = chosen.buffer
-        sums: dict[str, Any] = {}
-        if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
-            replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
-            prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), step, run))
-            batches = make_batches(config, system, prompt_of, chosen, start == 0)
-            progress.state, made = updater.step(progress.state, batches)
-            sums = made | {"row_padding_share": padding_share(batches)}
-        if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
-            sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
-        found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
-    metrics |= {
-        key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}
-    }
+    metrics |= learn(config, system, updater, problems, experiences, prompt_of, progress, run)
     refuse_bad_updates(config, progress)
 
     progress.step += 1
@@ -227,6 +209,39 @@ def train_step(
     metrics["seconds_compile"] = compiled.seconds
     metrics["tokens_per_second"] = sum(len(one.completion) for group in groups for one in group.rollouts) / seconds
     return metrics, groups
+
+
+def learn(
+    config: Config,
+    system: System,
+    updater: Updater,
+    problems: Sequence[Problem],
+    experiences: Sequence[replay.Experience],
+    prompt_of: dict[int, Prompt],
+    progress: Progress,
+    run: RunDirectory,
+) -> dict[str, float]:
+    """The optimizer steps of one step, each filled from the buffer. Changes `progress`; returns means of their metrics.
+
+    `prompt_of` has the prompts of `experiences` by row number; those of replayed rows are added.
+    """
+    found = []
+    for start in range(0, len(experiences), config.training.batch_size):
+        raw = experiences[start : start + config.training.batch_size]
+        update = int(jax.device_get(progress.state.num_updates))
+        chosen = replay.select(raw, progress.buffer, config.replay, config.advantage.epsilon, (config.run.seed, update))
+        progress.buffer = chosen.buffer
+        sums: dict[str, Any] = {}
+        if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
+            replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
+            prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), progress.step, run))
+            batches = make_batches(config, system, prompt_of, chosen, start == 0)
+            progress.state, made = updater.step(progress.state, batches)
+            sums = made | {"row_padding_share": padding_share(batches)}
+        if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
+            sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
+        found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
+    return {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
 
 
 def next_prompts(

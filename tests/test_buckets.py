@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import random
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -69,15 +68,6 @@ def make_prompt(system: System, name: str, sizes: list[tuple[int, int]], num_wor
         files.append(file.getvalue())
         parts.insert(rng.randrange(len(parts) + 1), "<image>")
     return system.builder.build(Problem(name, " ".join(parts), "1", tuple(files)))
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compiling is most of what these tests cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from published import COUNTS, published_config
-from test_update import LOSS, OPTIMIZER, Tiny, leaves, make_rows, png, quick_compilation
+from test_update import LOSS, OPTIMIZER, Tiny, leaves, make_rows, png
 
 from rethinker_jax.config import Config, DataConfig, ModelConfig
 from rethinker_jax.config_file import load_defaults
@@ -22,7 +22,7 @@ from rethinker_jax.system import load_system, make_updater
 from rethinker_jax.training.update import update_step
 from rethinker_jax.types import Problem
 
-__all__ = ["quick_compilation"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # The example's shape: width 96, 4 heads and 2 kv heads of 24, 256 in the MLP, 3 layers, 448 rows of a tied embedding;
 # vision 48 wide, 2 heads, 128 in the MLP, 2 blocks, patches of 3·2·14·14 = 1176 values.

@@ -21,7 +21,6 @@ from test_update import (
     leaves,
     make_rows,
     png,
-    quick_compilation,
 )
 
 from rethinker_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, RunConfig, SftConfig
@@ -39,7 +38,8 @@ from rethinker_jax.training.batch import TrainRow, pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore
 from rethinker_jax.types import Problem
 
-__all__ = ["directory", "quick_compilation"]
+__all__ = ["directory"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 RANK, ALPHA = 4, 6.0
 LORA = LoraConfig(rank=RANK, alpha=ALPHA)

@@ -28,15 +28,8 @@ from rethinker_jax.types import Problem, Prompt
 LOSS = LossConfig(nll_coefficient=0.5, entropy_coefficient=0.01)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0, b1=0.9, weight_decay=0.1)
 NUM_ROWS = 4
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH = 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclasses.dataclass

@@ -120,9 +120,6 @@ class Sampler:
         that ends in an image: its last token is fed again, as text.
         """
         prompts = list({id(request.prompt): request.prompt for request in requests}.values())
-        for prompt in prompts:
-            if prompt.image_index[-1] >= 0:
-                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
         batch = self._pack(prompts, num_prompts or len(prompts))
         prefilled = self._prefill(params, batch)
         num_slots = min(settings.num_slots or len(requests), len(requests))
@@ -166,6 +163,9 @@ class Sampler:
         return [drawn[row] for row in range(len(requests))], counters
 
     def _pack(self, prompts: list[Prompt], num_prompts: int) -> PromptBatch:
+        for prompt in prompts:
+            if prompt.image_index[-1] >= 0:
+                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
         images = max(1, num_prompts // 2)
         return pack_prompts(
             prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, seq_buckets=self.buckets.prompt_tokens,
