@@ -9,7 +9,7 @@ ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
     {"__init__", "types", "config", "errors", "options"}
     | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping"},
-    {"prompts", "verify", "rewards", "example", "report", "rethink", "consistency", "advantage", "replay"}
+    {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
     | {"console", "metrics"},
     {"devices", "models"},
     {"sampling", "training"},

@@ -1,0 +1,1 @@
+"""Benchmarks: published rows → items → (generations) → numbers with intervals. Imports no jax."""
