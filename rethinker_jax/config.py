@@ -117,6 +117,8 @@ class SamplingConfig:
     ignore_eos: bool = False
     stop_strings: tuple[str, ...] = ()
     steps_per_call: Positive = 64  # decode steps between two looks of the host
+    prefill_tokens: Positive = 16384  # prompt tokens that run through the layers of a shard at once
+    cache_gib: NonNegativeFloat = 0.0  # caches may take on each device; 0 = most of what is free
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rewards.terms import check_row
 from rethinker_jax.rollout import Group, roll_out
 from rethinker_jax.run_directory import RunDirectory, hash_of, versions
-from rethinker_jax.step_metrics import batch_metrics, padding_share, rollout_metrics, share
+from rethinker_jax.step_metrics import batch_metrics, padding_share, rollout_metrics, sampling_metrics, share
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -187,7 +187,7 @@ def train_step(
 
     # advantage
     groups = with_advantages(groups, config)
-    metrics |= rollout_metrics(groups, config.advantage.epsilon, rolled.counters)
+    metrics |= rollout_metrics(groups, config.advantage.epsilon) | sampling_metrics(rolled)
     update, prompt_of = int(jax.device_get(progress.state.num_updates)), dict(prompts)
     experiences = [experience_of(group, rollout, update) for group in groups for rollout in group.rollouts]
     if trainer_log_probs(config, system):

@@ -10,7 +10,7 @@ from rethinker_jax import rethink
 from rethinker_jax.config import Config
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.rewards.scorer import Pending, Scorer
-from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
+from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
 from rethinker_jax.system import System
 from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout
 
@@ -33,12 +33,21 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class SecondPass:
+    """What second looks cost that were chosen after the verdicts; `seconds` includes waiting for theirs."""
+
+    counters: Counters
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Rolled:
     """A rollout batch. `seconds_waited`: for verdicts, after the last token was drawn."""
 
     groups: list[Group]
     counters: Counters
     seconds_waited: float
+    second_pass: SecondPass | None = None
 
 
 def budgets_of(config: Config, triggers: Sequence[np.ndarray]) -> Budgets:
@@ -72,21 +81,27 @@ def roll_out(
     if forced and config.rethink.rule == "random":
         requests = [_with_trigger(request, triggers, config, step) for request in requests]
     judging = Judging(requests, scorer)
+    by_verdict = forced and config.rethink.rule == "paper"
+    kept = Kept(config.rethink.max_first_tokens) if by_verdict else None
     _, counters = system.sampler.generate(
         params, requests, config.sampling, budgets, seed=seed, step=step,
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
-        on_finished=judging.submit,
+        on_finished=judging.submit, kept=kept,
     )  # fmt: skip
     drawn_at = time.monotonic()
     rollouts = judging.result()
     seconds_waited = time.monotonic() - drawn_at
-    if forced and config.rethink.rule == "paper":
-        rollouts = _second_pass(system, params, rollouts, triggers, config, scorer, step)
+    second = None
+    if kept is not None:
+        began_at = time.monotonic()
+        rollouts, counters_of_second = _second_pass(system, params, rollouts, triggers, config, scorer, step, kept)
+        if counters_of_second is not None:
+            second = SecondPass(counters_of_second, time.monotonic() - began_at)
     groups = []
     for place, (row, prompt) in enumerate(prompts):
         kept = keep(rollouts[place * n : (place + 1) * n], config)
         groups.append(Group(row, prompt, kept))
-    return Rolled(groups, counters, seconds_waited)
+    return Rolled(groups, counters, seconds_waited, second)
 
 
 class Judging:
@@ -147,11 +162,11 @@ def _second_pass(
     config: Config,
     scorer: Scorer,
     step: int,
-) -> list[Rollout]:
+    kept: Kept,
+) -> tuple[list[Rollout], Counters | None]:
     """Rule `paper`: choose after the verdicts of the group, then go on from first response and trigger.
 
-    The first response is fed again token by token on its prompt's cache, which is prefilled once more. Reports nothing
-    of its cost yet.
+    The caches of the first responses are `kept` where there was room; else each is read again in one chunk.
     """
     n = config.rollout.samples_per_prompt
     places: list[int] = []
@@ -170,20 +185,21 @@ def _second_pass(
         ids = np.concatenate([prefix, triggers[number]]).astype(np.int32)
         segments = np.repeat(np.array([FIRST, TRIGGER], np.int32), [len(prefix), len(triggers[number])])
         places.append(place)
-        requests.append(Request(rollout.prompt, rollout.sample, prefix_ids=ids, prefix_segments=segments))
+        requests.append(
+            Request(rollout.prompt, rollout.sample, prefix_ids=ids, prefix_segments=segments, resume=rollout.first)
+        )
     if not requests:
-        return rollouts
+        return rollouts, None
     first = min(config.sampling.max_new_tokens, config.rethink.max_first_tokens)
     budgets = Budgets(first, config.rethink.max_new_tokens, prefix_width=first + max(map(len, triggers)))
-    padded = requests + [requests[-1]] * (len(rollouts) - len(requests))  # one shape, whatever the number chosen
-    drawn, _ = system.sampler.generate(
-        params, padded, config.sampling, budgets, seed=config.run.seed, step=step,
+    drawn, counters = system.sampler.generate(
+        params, requests, config.sampling, budgets, seed=config.run.seed, step=step,
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+        num_requests=len(rollouts), kept=kept,
     )  # fmt: skip
-    drawn = drawn[: len(requests)]
     prompts = [rollouts[place].prompt for place in places]
     verdicts = scorer.submit([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)]).result()
     rollouts = list(rollouts)
     for place, one, verdict in zip(places, drawn, verdicts, strict=True):
         rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)
-    return rollouts
+    return rollouts, counters

@@ -7,8 +7,7 @@ import numpy as np
 
 from rethinker_jax import rethink
 from rethinker_jax.replay import Experience, Selection
-from rethinker_jax.rollout import Group
-from rethinker_jax.sampling.sampler import Counters
+from rethinker_jax.rollout import Group, Rolled
 from rethinker_jax.training.batch import TrainBatch
 from rethinker_jax.types import Verdict
 
@@ -32,7 +31,7 @@ def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return means | failures
 
 
-def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], epsilon: float) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     forced = [one for one in rollouts if one.forced_verdict is not None]
     repaired = [one.forced_verdict is not None and one.forced_verdict.correct for one in forced]
@@ -63,12 +62,31 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float, counters: Counters)
         # With `accuracy` they sum to 1: no verdict is silent.
         **{f"{name}_share": share([verdict == name for verdict in verdicts]) for name in NOT_CORRECT},
         "verdict_ms": share([one.first_verdict.ms for one in rollouts]),
-        "slot_utilisation": counters.busy_steps / max(counters.slot_steps, 1),
-        "images_encoded": counters.images,
-        "prompts_prefilled": counters.prompts,
-        "prompt_padding_share": 1 - counters.prompt_fill,
-        "vision_padding_share": 1 - counters.vision_fill,
     }
+
+
+def sampling_metrics(rolled: Rolled) -> dict[str, float]:
+    """What the sampler did; the drain begins when the last request was given to a slot."""
+    one = rolled.counters
+    metrics = {
+        "slot_utilisation": one.busy_steps / max(one.slot_steps, 1),
+        "drain_share": one.drain_slot_steps / max(one.slot_steps, 1),
+        "images_encoded": one.images,
+        "prompts_prefilled": one.prompts,
+        "prefill_waves": one.waves,
+        "cache_gib": one.cache_bytes / 2**30,
+        "prompt_padding_share": 1 - one.prompt_fill,
+        "vision_padding_share": 1 - one.vision_fill,
+    }
+    if rolled.second_pass is not None:
+        second = rolled.second_pass.counters
+        metrics |= {
+            "seconds_second_pass": rolled.second_pass.seconds,
+            "second_pass_prompts": second.prompts,
+            "second_pass_read_tokens": second.read_tokens,
+            "second_pass_fed_tokens": second.fed_tokens,
+        }
+    return metrics
 
 
 def padding_share(batches: Sequence[TrainBatch]) -> float:
@@ -94,3 +112,4 @@ def batch_metrics(
         "replay_age": share(ages) if ages else 0.0,
         "forced_in_batch_share": share([row.nll_mask.any() for row in rows]),
     } | {name: float(value) for name, value in sums.items()}
+

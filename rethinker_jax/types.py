@@ -89,6 +89,8 @@ class Completion:
     token_ids int32 [length]; log_probs float32 [length], natural log, full softmax at temperature 1;
     segments int8 [length], FIRST, TRIGGER or SECOND. Tokens of TRIGGER were inserted, not drawn.
     `text` leaves out the end token; `parts` is the same text by segment, as (segment, text) pairs.
+    truncated_log_probs float32 [length]: under what was drawn from, with temperature, top-k, top-p and min-p; 0 where a
+    token was inserted or chosen greedily. None where nobody recorded them.
     """
 
     token_ids: np.ndarray
@@ -97,6 +99,7 @@ class Completion:
     finish_reason: FinishReason
     text: str = ""
     parts: tuple[tuple[int, str], ...] = ()
+    truncated_log_probs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

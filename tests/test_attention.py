@@ -22,7 +22,7 @@ from rethinker_jax.config import Config, ModelConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.attention import Mask, attend
 from rethinker_jax.models.attention_kernels import PLAIN, Attention, attend_cudnn, choose_name
-from rethinker_jax.sampling.decode import attend_both
+from rethinker_jax.sampling.caches import attend_caches
 from rethinker_jax.system import EXAMPLE_MODEL, load_system
 
 REPOSITORY = Path(__file__).parent.parent
@@ -115,8 +115,10 @@ def test_the_decode_loop_computes_the_same() -> None:
     shape = {"query": (3, 2, 2, 8), "keys": (3, 2, 8, 12), "values": (3, 2, 12, 8)}
     x = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in shape.items()}
     seen = jnp.asarray(rng.random((3, 12)) < 0.5).at[:, 7].set(True)
-    caches = [(x["keys"][..., part], x["values"][:, :, part], seen[:, part]) for part in (slice(0, 7), slice(7, None))]
-    found = attend_both(x["query"], *caches)
+    caches = [
+        (x["keys"][..., part], x["values"][:, :, part], seen[:, None, part]) for part in (slice(0, 7), slice(7, None))
+    ]
+    found = attend_caches(x["query"], *caches)
     keys, values = x["keys"].transpose(0, 3, 1, 2), x["values"].swapaxes(1, 2)
     wanted = attend(x["query"].reshape(3, 1, 4, 8), keys, values, seen[:, None, :])
     np.testing.assert_allclose(found.reshape(3, 1, 4, 8), wanted, atol=1e-6)

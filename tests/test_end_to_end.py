@@ -43,6 +43,7 @@ CLOCKS = (
     "seconds_update",
     "seconds_compile",
     "seconds_waiting_for_verdicts",
+    "seconds_second_pass",
     "tokens_per_second",
     "seconds",
     "verdict_ms",

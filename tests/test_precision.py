@@ -21,7 +21,7 @@ from rethinker_jax.models.precision import cast_params, resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.rope import rotate, text_angles
 from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
-from rethinker_jax.sampling.decode import attend_both
+from rethinker_jax.sampling.caches import attend_caches
 
 Loaded = tuple[Model, Params, PromptBatch]
 
@@ -102,8 +102,8 @@ def test_scores_are_not_rounded_before_the_softmax() -> None:
 def test_decoding_keeps_scores_and_sums_in_float32() -> None:
     """Catches a decode step that rounds what the trainer does not: log-probs would drift apart."""
     query = jnp.ones((2, 1, 2, 8), jnp.bfloat16)
-    cache = jnp.ones((2, 1, 8, 4), jnp.bfloat16), jnp.ones((2, 1, 4, 8), jnp.bfloat16), jnp.ones((2, 4), bool)
-    traced = [*equations(jax.make_jaxpr(attend_both)(query, cache, cache).jaxpr)]
+    cache = jnp.ones((2, 1, 8, 4), jnp.bfloat16), jnp.ones((2, 1, 4, 8), jnp.bfloat16), jnp.ones((2, 1, 4), bool)
+    traced = [*equations(jax.make_jaxpr(attend_caches)(query, cache, cache).jaxpr)]
     for equation in traced:
         if equation.primitive.name in ("exp", "reduce_max", "reduce_sum", "div", "dot_general"):
             assert equation.outvars[0].aval.dtype == jnp.float32, equation

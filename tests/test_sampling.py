@@ -426,8 +426,8 @@ def test_counters(loaded: Loaded, num_slots: int) -> None:
     for length in lengths:
         slot = free_at.index(min(free_at))
         free_at[slot] += length
-    fills = counters.prompt_fill, counters.vision_fill
-    assert counters == Counters(sum(lengths), max(free_at) * slots, 7, 6, *fills)
+    assert (counters.busy_steps, counters.slot_steps) == (sum(lengths), max(free_at) * slots)
+    assert (counters.images, counters.prompts, counters.waves) == (7, 6, 1)
     assert counters.busy_steps < counters.slot_steps < NEW * len(lengths) + (num_slots == 0)
 
 

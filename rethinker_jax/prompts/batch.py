@@ -67,36 +67,37 @@ def pack_prompts(
     seq_minimum: int = 64,
     seq_buckets: Sequence[int] = (),
     batch_size: int | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
     vision_buckets: Sequence[tuple[int, int]] | None = None,
     row_multiple: int = 1,
     vision_minimum: tuple[int, int] = (1, 4),
 ) -> PromptBatch:
     """Pads prompts to one length, of `seq_buckets` where one is enough, and lays out each distinct image once.
 
-    Rows keep their order; rows up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
+    Prompts stand in the first rows in their order, or in `rows`; the others up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
     Raises ValueError for no prompts, for more of them than `batch_size`, and for image tokens that no image fills.
     """
-    rows = len(prompts) if batch_size is None else batch_size
-    if not prompts or len(prompts) > rows:
-        raise ValueError(f"pack_prompts wants 1 to {rows} prompts, got {len(prompts)}")
+    num_rows = len(prompts) if batch_size is None else batch_size
+    if not prompts or len(prompts) > num_rows:
+        raise ValueError(f"pack_prompts wants 1 to {num_rows} prompts, got {len(prompts)}")
     images, places = unique_images(prompts)
     vision = None
     if images:
         vision = pack_images(images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum)
 
     seq = choose_bucket(max(len(prompt) for prompt in prompts), seq_buckets, seq_minimum)
-    token_ids = np.zeros((rows, seq), np.int32)
-    positions = np.zeros((3, rows, seq), np.int32)
-    image_index = np.full((rows, seq), -1, np.int32)
-    lengths = np.zeros(rows, np.int32)
-    next_positions = np.zeros(rows, np.int32)
-    for row, prompt in enumerate(prompts):
+    token_ids = np.zeros((num_rows, seq), np.int32)
+    positions = np.zeros((3, num_rows, seq), np.int32)
+    image_index = np.full((num_rows, seq), -1, np.int32)
+    lengths = np.zeros(num_rows, np.int32)
+    next_positions = np.zeros(num_rows, np.int32)
+    for place, (row, prompt) in enumerate(zip(range(len(prompts)) if rows is None else rows, prompts, strict=True)):
         n = len(prompt)
         token_ids[row, :n] = prompt.token_ids
         positions[:, row, :n] = prompt.positions
         lengths[row] = n
         next_positions[row] = prompt.next_position
-        image_index[row, :n] = table_rows(prompt, vision, places[row])
+        image_index[row, :n] = table_rows(prompt, vision, places[place])
     return PromptBatch(TextBatch(token_ids, positions, image_index, lengths), vision, next_positions)
 
 

@@ -11,12 +11,18 @@ BLOCK = 64  # of the inverse CDF: float32 sums stay short, and no 150k-long pref
 
 
 def request_keys(
-    seed: int | Array, step: int | Array, problem_hash: Int[Array, " requests"], sample: Int[Array, " requests"]
+    seed: UInt32[Array, " requests"],
+    step: int | Array,
+    problem_hash: Int[Array, " requests"],
+    sample: Int[Array, " requests"],
 ) -> UInt32[Array, "requests 2"]:
     """Raw threefry keys, one a request: randomness is named by (seed, step, problem, sample) and nothing else."""
-    base = jax.random.fold_in(jax.random.key(seed), step)
-    fold = jax.vmap(lambda problem, number: jax.random.fold_in(jax.random.fold_in(base, problem), number))
-    return jax.random.key_data(fold(problem_hash, sample))
+
+    def fold(seed: jax.Array, problem: jax.Array, number: jax.Array) -> jax.Array:
+        step_key = jax.random.fold_in(jax.random.key(seed), step)
+        return jax.random.fold_in(jax.random.fold_in(step_key, problem), number)
+
+    return jax.random.key_data(jax.vmap(fold)(seed, problem_hash, sample))
 
 
 def uniforms(
@@ -39,11 +45,11 @@ def choose_tokens(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
     min_p: Float[Array, ""],
-) -> Int[Array, " slots"]:
-    """Draw a token a row; temperature 0 takes the most probable allowed one.
+) -> tuple[Int[Array, " slots"], Float[Array, " slots"]]:
+    """(a token a row, its log-prob under what it was drawn from); temperature 0 takes the most probable allowed one.
 
     The order is temperature, top-k, top-p, min-p, as in transformers. top_k 0, top_p 1 and min_p 0 switch them off;
-    ties at a threshold are all kept.
+    ties at a threshold are all kept. A greedy token has log-prob 0.
     """
     vocab = logits.shape[-1]
     masked = jnp.where(allowed, logits, -jnp.inf)
@@ -55,7 +61,9 @@ def choose_tokens(
     probs = weights / weights.sum(axis=-1, keepdims=True)
     truncating = (top_k > 0) | (top_p < 1.0) | (min_p > 0)
     probs = jax.lax.cond(truncating, lambda p: _truncate(p, top_k, top_p, min_p), lambda p: p, probs)
-    return jnp.where(temperature > 0, _inverse_cdf(probs, uniform), greedy)
+    drawn = _inverse_cdf(probs, uniform)
+    log_prob = jnp.log(jnp.take_along_axis(probs, drawn[:, None], axis=-1)[:, 0] / probs.sum(axis=-1))
+    return jnp.where(temperature > 0, drawn, greedy), jnp.where(temperature > 0, log_prob, 0.0)
 
 
 def _inverse_cdf(probs: Float[Array, "slots vocab"], uniform: Float[Array, " slots"]) -> Int[Array, " slots"]:

@@ -1,263 +1,198 @@
 """The compiled decode loop: slots, refilled inside the loop, each writing one request's completion.
 
 A slot starts by feeding the *last prompt token* again, so the first token of a completion is drawn like every other.
-All slots write their keys and values of loop step g to column g mod L of a ring: one in-place update, no scatter; a
-slot's own columns are the last ones it wrote, and rotary positions are in the keys, so order in the ring does not
-matter.
+All slots of a shard write their keys and values to the same column of a ring: one in-place update, no scatter. A slot's
+own columns are the last ones it wrote, and rotary positions are in the keys, so order in the ring does not matter. The
+ring is as long as the longest completion that is under way wants, and `resize` makes it longer.
 
 Inserted tokens (a prefix that another pass wrote, a Forced Rethinking trigger) go the same way as drawn ones: they
-replace the draw. A trigger is fed when the first response ends by itself; no second prefill, no second encoding.
+replace the draw. A trigger is fed when the first response ends by itself; no second prefill, no second encoding. What
+another pass wrote is not even fed where its cache is there: the slot begins behind it.
+
+Every shard of the batch axes runs its own loop on its own slots and queue, as many steps as it needs; only `tensor`
+communicates.
 """
 
 import dataclasses
 import functools
-from typing import Any, no_type_check
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
-from rethinker_jax.models.attention import MASKED
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import ROWS
+from rethinker_jax.sampling.caches import (
+    Caches,
+    LayerCache,
+    as_cache,
+    attend_caches,
+    by_heads,
+    by_kv_heads,
+    copy_row,
+    copy_turned,
+    write_columns,
+)
 from rethinker_jax.sampling.choose import choose_tokens, uniforms
-from rethinker_jax.sampling.prefill import LayerCache
-from rethinker_jax.types import FIRST, SECOND, TRIGGER, FinishReason
+from rethinker_jax.sampling.slots import (
+    LENGTH,
+    RUNNING,
+    STOP,
+    STOP_STRING,
+    Counts,
+    LoopState,
+    Outputs,
+    Places,
+    Prompts,
+    Requests,
+    Rules,
+    Sizes,
+    Slots,
+    Turn,
+    start,
+)
+from rethinker_jax.types import FIRST, SECOND, TRIGGER
 
-RUNNING, STOP, LENGTH, STOP_STRING = range(4)  # codes of `Outputs.finish`
-FINISH_REASONS: tuple[FinishReason, ...] = ("length", "stop", "length", "stop_string")
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """What is asked for; every array begins with [requests].
-
-    prompt: row of the prefilled prompts. key: uint32 [·, 2]. budget: tokens of the first response.
-    prefix_ids, prefix_segments [·, prefix]: tokens that are fed before anything is drawn.
-    trigger_ids [·, trigger]: fed in place of the end token of the first response; trigger_length 0 = none.
-    second_budget, second_temperature: of what follows a trigger.
-    """
-
-    prompt: Any
-    key: Any
-    budget: Any
-    prefix_ids: Any
-    prefix_segments: Any
-    prefix_length: Any
-    trigger_ids: Any
-    trigger_length: Any
-    max_first: Any
-    second_budget: Any
-    temperature: Any
-    second_temperature: Any
+begin = jax.jit(start, static_argnums=(0, 3))
 
 
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The prefilled prompts: caches, lengths [prompts], m-RoPE position of the first completion token, last token."""
-
-    caches: Any
-    lengths: Any
-    next_positions: Any
-    last_tokens: Any
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What may be drawn and what ends a completion: arrays, so that changing them compiles nothing."""
-
-    allowed: Any  # bool [vocab]
-    ends: Any  # bool [vocab]
-    top_k: Any
-    top_p: Any
-    min_p: Any
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """[requests, length] tokens, log-probs, segments; [requests] lengths, finish codes, how first responses ended."""
-
-    tokens: Any
-    log_probs: Any
-    segments: Any
-    lengths: Any
-    finish: Any
-    first_end_token: Any  # the end token that a trigger replaced, -1 = none
-    first_end_log_prob: Any
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """The loop's state; every array begins with [slots]. request -1 = idle."""
-
-    request: Any
-    token: Any  # fed next
-    emitted: Any  # completion tokens so far
-    segment: Any
-    written: Any  # tokens drawn or fed in the current segment
-    prompt_caches: Any  # list of LayerCache, copied at refill
-    ring: Any  # list of LayerCache
-
-
-@no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoopState:
-    step: Any  # loop steps made: the ring's clock
-    next_request: Any
-    busy: Any  # slot steps that wrote a token, for the utilisation
-    slots: Slots
-    outputs: Outputs
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the loop's state lies. Left to the compiler it would move in the first call, and the second compile again.
-
-    slots: over the batch axes. caches: these and kv_heads over `tensor`. whole: on every device.
-    """
-
-    slots: NamedSharding
-    caches: NamedSharding
-    whole: NamedSharding
-
-    @classmethod
-    def on(cls, mesh: Mesh, num_slots: int, kv_heads: int) -> "Places":
-        """Slots stay whole where the batch axes do not divide their number, kv_heads where `tensor` does not."""
-        rows = ROWS if num_slots % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else PartitionSpec(None)
-        heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
-        specs = rows, PartitionSpec(*rows, heads), PartitionSpec()
-        return cls(*[NamedSharding(mesh, spec) for spec in specs])
-
-    def put(self, state: LoopState) -> LoopState:
-        def place(tree: Any, sharding: NamedSharding) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding), tree)
-
-        slots = dataclasses.replace(
-            place(state.slots, self.slots),
-            prompt_caches=place(state.slots.prompt_caches, self.caches),
-            ring=place(state.slots.ring, self.caches),
-        )
-        return dataclasses.replace(place(state, self.whole), slots=slots)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 3, 4, 5))
-def start(model: Model, places: Places, prompts: Prompts, num_requests: int, num_slots: int, length: int) -> LoopState:
-    """Idle slots and empty outputs; `length` bounds every completion, inserted tokens included."""
-    config = model.config
-    dtype, prompt_length = prompts.caches[0][0].dtype, prompts.caches[0][0].shape[-1]
-
-    def empty(size: int) -> list[LayerCache]:
-        shape = (num_slots, config.kv_heads)
-        return [
-            (jnp.zeros((*shape, config.head_dim, size), dtype), jnp.zeros((*shape, size, config.head_dim), dtype))
-            for _ in range(config.layers)
-        ]
-
-    zeros = jnp.zeros(num_slots, jnp.int32)
-    slots = Slots(zeros - 1, zeros, zeros, zeros, zeros, empty(prompt_length), empty(length))
-    shape = (num_requests, length)
-    counts = jnp.zeros(num_requests, jnp.int32)
-    outputs = Outputs(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int8), counts, counts,
-        counts - 1, jnp.zeros(num_requests, jnp.float32),
-    )  # fmt: skip
-    zero = jnp.zeros((), jnp.int32)
-    return places.put(LoopState(zero, zero, zero, slots, outputs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=8)
 def run(
     model: Model,
     places: Places,
     params: Params,
     prompts: Prompts,
+    resumed: Caches | None,
     requests: Requests,
     rules: Rules,
+    turn: Turn,
     state: LoopState,
-    num_requests: Any,
-    num_steps: Any,
 ) -> LoopState:
-    """Run `num_steps` loop steps, fewer if the first `num_requests` requests are finished. `state` is donated."""
-    stop = state.step + num_steps
+    """Run every shard until `turn` is over for it, its requests are finished, or it wants the next wave.
 
-    def unfinished(state: LoopState) -> jax.Array:
-        waiting = state.next_request < num_requests
-        return (state.step < stop) & (waiting | (state.slots.request >= 0).any())
+    `resumed` holds the caches that `requests.resumed_from` names, in the order of feeding. `state` is donated.
+    """
+    shards = jax.shard_map(
+        functools.partial(_run_shard, model),
+        mesh=places.mesh,
+        in_specs=(PartitionSpec(), places.prompts, ROWS, ROWS, PartitionSpec(), ROWS, ROWS),
+        out_specs=ROWS,
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )
+    return places.put(shards(params, prompts, resumed, requests, rules, turn, state))
+
+
+def _run_shard(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    resumed: Caches | None,
+    requests: Requests,
+    rules: Rules,
+    turn: Turn,
+    state: LoopState,
+) -> LoopState:
+    refill = functools.partial(_refill, prompts, resumed, requests, turn.limit[0])
+    stop = state.counts.steps[0] + turn.num_steps[0]
+    more_comes = turn.limit[0] < turn.total[0]
+
+    def unfinished(state: LoopState) -> Bool[Array, ""]:
+        active = state.slots.request >= 0
+        return (state.counts.steps[0] < stop) & active.any() & ~(more_comes & ~active.all())
 
     def body(state: LoopState) -> LoopState:
-        slots, next_request = _refill(state.slots, prompts, requests, state.next_request, num_requests)
-        busy = state.busy + (slots.request >= 0).sum()
-        logits, ring = _forward(model, params, prompts, requests, slots, state.step)
-        slots = dataclasses.replace(slots, ring=ring)
-        slots, outputs = _write_tokens(logits, slots, requests, rules, state.outputs)
-        return LoopState(state.step + 1, next_request, busy, slots, outputs)
+        state = dataclasses.replace(state, counts=_count(state, turn))
+        logits, ring = _forward(model, params, prompts, requests, state)
+        state = dataclasses.replace(state, clock=state.clock + 1, slots=dataclasses.replace(state.slots, ring=ring))
+        slots, outputs, finish = _write_tokens(logits, state.slots, requests, rules, state.outputs)
+        state = _free(dataclasses.replace(state, slots=slots, outputs=outputs), finish)
+        return refill(state)
 
-    return places.put(jax.lax.while_loop(unfinished, body, state))
+    active = state.slots.request >= 0
+    stopped = active & turn.stopped[jnp.maximum(state.slots.request, 0)]
+    state = refill(_free(state, jnp.where(stopped, STOP_STRING, RUNNING)))
+    return jax.lax.while_loop(unfinished, body, state)
 
 
-def _refill(
-    slots: Slots, prompts: Prompts, requests: Requests, next_request: jax.Array, num_requests: jax.Array
-) -> tuple[Slots, jax.Array]:
-    """Give waiting requests to idle slots, in order, and copy their prompts' caches."""
-    idle = slots.request < 0
-    candidate = next_request + jnp.cumsum(idle) - 1
-    new = idle & (candidate < num_requests)
-    request = jnp.where(new, candidate, slots.request)
-    prompt = requests.prompt[jnp.maximum(request, 0)]
-
-    def copy(caches: list[LayerCache]) -> list[LayerCache]:
-        chosen = new[:, None, None, None]
-        return jax.tree.map(lambda mine, store: jnp.where(chosen, store[prompt], mine), caches, prompts.caches)
-
-    caches = jax.lax.cond(new.any(), copy, lambda caches: caches, slots.prompt_caches)
-    return (
-        Slots(
-            request=request,
-            token=jnp.where(new, prompts.last_tokens[prompt], slots.token),
-            emitted=jnp.where(new, 0, slots.emitted),
-            segment=jnp.where(new, FIRST, slots.segment),
-            written=jnp.where(new, 0, slots.written),
-            prompt_caches=caches,
-            ring=slots.ring,
-        ),
-        next_request + new.sum(),
+def _count(state: LoopState, turn: Turn) -> Counts:
+    busy = (state.slots.request >= 0).sum()
+    draining = state.next_request >= turn.total
+    counts = state.counts
+    return Counts(
+        steps=counts.steps + 1,
+        busy=counts.busy + busy,
+        drain_steps=counts.drain_steps + draining,
+        drain_busy=counts.drain_busy + jnp.where(draining, busy, 0),
     )
 
 
+def _refill(
+    prompts: Prompts, resumed: Caches | None, requests: Requests, limit: Int[Array, ""], state: LoopState
+) -> LoopState:
+    """Give waiting requests to idle slots, in order, and copy the caches of their prompts, slot by slot."""
+    slots = state.slots
+    idle = slots.request < 0
+    candidate = state.next_request[0] + jnp.cumsum(idle) - 1
+    new = idle & (candidate < limit)
+    request = jnp.where(new, candidate, slots.request)
+    asked = jnp.maximum(request, 0)
+    prompt, begun = requests.prompt[asked], requests.resumed[asked]
+
+    def copy(slot: jax.Array, caches: tuple[Caches, Caches]) -> tuple[Caches, Caches]:
+        mine, ring = caches
+        mine = [copy_row(one, slot, store, prompt[slot]) for one, store in zip(mine, prompts.caches, strict=True)]
+        if resumed is not None:
+            # The column of token 0 comes as many columns before the clock as tokens were fed since.
+            turn = state.clock[0] % ring[0][0].shape[-1] - begun[slot]
+            row = requests.resumed_from[asked[slot]]
+            ring = [copy_turned(one, slot, store, row, turn) for one, store in zip(ring, resumed, strict=True)]
+        return mine, ring
+
+    prompt_caches, ring = _for_each(new, copy, (slots.prompt_caches, slots.ring))
+    last_begun = _pick(requests.prefix_ids[asked], begun - 1)
+    slots = Slots(
+        request=request,
+        token=jnp.where(new, jnp.where(begun > 0, last_begun, prompts.last_tokens[prompt]), slots.token),
+        emitted=jnp.where(new, begun, slots.emitted),
+        segment=jnp.where(new, FIRST, slots.segment),
+        written=jnp.where(new, begun, slots.written),
+        prompt_caches=prompt_caches,
+        ring=ring,
+    )
+    return dataclasses.replace(state, slots=slots, next_request=state.next_request + new.sum())
+
+
+def _for_each(chosen: Bool[Array, " slots"], do: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    """do(slot, carry) for the chosen slots: what is not chosen costs nothing."""
+    order = jnp.nonzero(chosen, size=chosen.shape[0], fill_value=0)[0]
+    return jax.lax.fori_loop(0, chosen.sum(), lambda place, carry: do(order[place], carry), carry)
+
+
 def _forward(
-    model: Model, params: Params, prompts: Prompts, requests: Requests, slots: Slots, step: jax.Array
-) -> tuple[Float[Array, "slots vocab"], list[LayerCache]]:
+    model: Model, params: Params, prompts: Prompts, requests: Requests, state: LoopState
+) -> tuple[Float[Array, "slots vocab"], Caches]:
     """One token through all layers: logits that follow `slots.token`, and the ring with its key and value."""
+    slots = state.slots
     prompt = requests.prompt[jnp.maximum(slots.request, 0)]
     position = prompts.next_positions[prompt] - 1 + slots.emitted
     angles = model.angles(jnp.broadcast_to(position[None, :, None], (3, position.shape[0], 1)))
     ring_length = slots.ring[0][0].shape[-1]
-    column = step % ring_length
+    column = state.clock[0] % ring_length
     age = (column - jnp.arange(ring_length)) % ring_length
-    seen_ring = age[None, :] <= slots.emitted[:, None]
+    seen_ring = age[None, None, :] <= slots.emitted[:, None, None]
     # The prompt's last token is fed again, so its prefilled column is left out.
-    seen_prompt = jnp.arange(slots.prompt_caches[0][0].shape[-1])[None, :] < prompts.lengths[prompt][:, None] - 1
+    columns = jnp.arange(slots.prompt_caches[0][0].shape[-1])
+    seen_prompt = columns[None, None, :] < prompts.lengths[prompt][:, None, None] - 1
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: Any) -> tuple[jax.Array, LayerCache]:
-        (prompt_keys, prompt_values), (ring_keys, ring_values) = cache
-        ring_keys = jax.lax.dynamic_update_slice_in_dim(ring_keys, jnp.transpose(key, (0, 2, 3, 1)), column, axis=3)
-        ring_values = jax.lax.dynamic_update_slice_in_dim(ring_values, value.swapaxes(1, 2), column, axis=2)
-        num_slots, _, heads, head_dim = query.shape
-        grouped = query.reshape(num_slots, key.shape[2], heads // key.shape[2], head_dim)
-        context = attend_both(grouped, (prompt_keys, prompt_values, seen_prompt), (ring_keys, ring_values, seen_ring))
-        return context.astype(query.dtype).reshape(query.shape), (ring_keys, ring_values)
+        prompt_cache, ring = cache
+        ring = write_columns(ring, as_cache(key, value), column)
+        context = attend_caches(by_kv_heads(query, key.shape[2]), (*prompt_cache, seen_prompt), (*ring, seen_ring))
+        return by_heads(context, 1).astype(query.dtype), ring
 
     x = model.embed(params, slots.token[:, None])
     caches = list(zip(slots.prompt_caches, slots.ring, strict=True))
@@ -265,40 +200,17 @@ def _forward(
     return model.logits(params, x[:, 0]), ring
 
 
-def attend_both(
-    query: Float[Array, "slots kv_heads group head_dim"], *caches: tuple[jax.Array, jax.Array, jax.Array]
-) -> Float[Array, "slots kv_heads group head_dim"]:
-    """One softmax over several caches of (K-major keys, values, seen [slots, length]); float32.
-
-    Nothing is concatenated, and contexts are divided by the softmax's sum instead of the weights: this step is bound by
-    the memory that it reads and writes.
-    """
-    scale = query.shape[-1] ** -0.5
-    scores = []
-    for keys, _, seen in caches:
-        score = jnp.einsum("BKGH,BKHL->BKGL", query, keys, preferred_element_type=jnp.float32) * scale
-        scores.append(jnp.where(seen[:, None, None, :], score, MASKED))
-    top = functools.reduce(jnp.maximum, [score.max(axis=-1, keepdims=True) for score in scores])
-    weights = [jnp.exp(score - top) for score in scores]
-    total = sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
-    contexts = [
-        jnp.einsum("BKGL,BKLH->BKGH", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        for weight, (_, values, _) in zip(weights, caches, strict=True)
-    ]
-    return sum(contexts[1:], contexts[0]) / total
-
-
 def _write_tokens(
-    logits: jax.Array, slots: Slots, requests: Requests, rules: Rules, outputs: Outputs
-) -> tuple[Slots, Outputs]:
-    """Draw or insert the next token of every slot, write it down, and free the slots that are finished."""
+    logits: Float[Array, "slots vocab"], slots: Slots, requests: Requests, rules: Rules, outputs: Outputs
+) -> tuple[Slots, Outputs, Int[Array, " slots"]]:
+    """Draw or insert the next token of every slot and write it down; how each slot's completion ended, if it did."""
     active = slots.request >= 0
     request = jnp.maximum(slots.request, 0)
     asked: Requests = jax.tree.map(lambda leaf: leaf[request], requests)
     second = slots.segment == SECOND
     temperature = jnp.where(second, asked.second_temperature, asked.temperature)
     noise = uniforms(asked.key, slots.segment, slots.emitted)
-    drawn = choose_tokens(logits, noise, rules.allowed, temperature, rules.top_k, rules.top_p, rules.min_p)
+    drawn, truncated = choose_tokens(logits, noise, rules.allowed, temperature, rules.top_k, rules.top_p, rules.min_p)
 
     in_prefix = slots.emitted < asked.prefix_length
     in_trigger = (slots.segment == TRIGGER) & ~in_prefix
@@ -309,6 +221,7 @@ def _write_tokens(
     token = jnp.where(in_trigger | begins, _pick(asked.trigger_ids, trigger_at), token)
     segment = jnp.where(in_prefix, _pick(asked.prefix_segments, slots.emitted), slots.segment)
     segment = jnp.where(begins, TRIGGER, segment)
+    inserted = in_prefix | in_trigger | begins
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_prob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - log_z
     end_log_prob = jnp.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0] - log_z
@@ -325,11 +238,13 @@ def _write_tokens(
     outputs = Outputs(
         tokens=outputs.tokens.at[row, slots.emitted].set(token, mode="drop"),
         log_probs=outputs.log_probs.at[row, slots.emitted].set(log_prob, mode="drop"),
+        truncated=outputs.truncated.at[row, slots.emitted].set(jnp.where(inserted, 0.0, truncated), mode="drop"),
         segments=outputs.segments.at[row, slots.emitted].set(segment.astype(jnp.int8), mode="drop"),
         lengths=outputs.lengths.at[row].set(emitted, mode="drop"),
-        finish=outputs.finish.at[row].set(finish, mode="drop"),
+        finish=outputs.finish,
         first_end_token=outputs.first_end_token.at[ending].set(drawn, mode="drop"),
         first_end_log_prob=outputs.first_end_log_prob.at[ending].set(end_log_prob, mode="drop"),
+        first_end_truncated=outputs.first_end_truncated.at[ending].set(truncated, mode="drop"),
     )
     # A trigger that is done makes way for the second look; a prefix, for the segment after its last token.
     trigger_done = (segment == TRIGGER) & ~in_prefix & (written >= asked.trigger_length)
@@ -337,14 +252,59 @@ def _write_tokens(
     next_segment = jnp.where(trigger_done | (prefix_done & (segment == TRIGGER)), SECOND, segment)
     slots = dataclasses.replace(
         slots,
-        request=jnp.where(active & (finish != RUNNING), -1, slots.request),
         token=token,
         emitted=emitted,
         segment=next_segment,
         written=jnp.where(next_segment == segment, written, 0),
     )
-    return slots, outputs
+    return slots, outputs, jnp.where(active, finish, RUNNING)
+
+
+def _free(state: LoopState, finish: Int[Array, " slots"]) -> LoopState:
+    """Write down how completions ended and free their slots; keep their caches if that is wanted."""
+    slots, outputs = state.slots, state.outputs
+    ended = finish != RUNNING
+    row = jnp.where(ended, slots.request, outputs.finish.shape[0])
+    kept = state.kept
+    if kept is not None:
+
+        def keep(slot: jax.Array, kept: Caches) -> Caches:
+            turn = slots.emitted[slot] - state.clock[0] % slots.ring[0][0].shape[-1]
+            return [
+                copy_turned(store, slots.request[slot], ring, slot, turn)
+                for store, ring in zip(kept, slots.ring, strict=True)
+            ]
+
+        kept = _for_each(ended, keep, kept)
+    return dataclasses.replace(
+        state,
+        slots=dataclasses.replace(slots, request=jnp.where(ended, -1, slots.request)),
+        outputs=dataclasses.replace(outputs, finish=outputs.finish.at[row].set(finish, mode="drop")),
+        kept=kept,
+    )
 
 
 def _pick(table: Int[Array, "slots width"], column: Int[Array, " slots"]) -> Int[Array, " slots"]:
     return jnp.take_along_axis(table, jnp.clip(column, 0, table.shape[1] - 1)[:, None], axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def resize(places: Places, length: int, state: LoopState) -> LoopState:
+    """A longer ring, the oldest column first. The clock of every shard becomes the old length. `state` is donated."""
+    old = state.slots.ring[0][0].shape[-1]
+
+    def lengthen(clock: jax.Array, ring: Caches) -> Caches:
+        def one(array: jax.Array, axis: int) -> jax.Array:
+            turned = jnp.roll(array, -(clock[0] % old), axis=axis)
+            return jnp.pad(turned, [(0, length - old if place == axis else 0) for place in range(4)])
+
+        return [(one(keys, 3), one(values, 2)) for keys, values in ring]
+
+    shards = jax.shard_map(
+        lengthen, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
+    )
+    slots = dataclasses.replace(state.slots, ring=shards(state.clock, state.slots.ring))
+    return places.put(dataclasses.replace(state, clock=jnp.full_like(state.clock, old), slots=slots))
+
+
+__all__ = ["Sizes", "begin", "resize", "run"]

@@ -1,95 +1,47 @@
 """Requests in, completions out: the host's side of the decode loop.
 
-The host looks every `steps_per_call` steps: it fetches the completions that ended, sends the device on its way, and
-hands them over, so that they are judged while others are drawn.
-
-Stop strings are sought in each response alone, in what was drawn: a trigger or a prefix that holds one stops nothing.
-The look frees their slots; where a completion is cut does not depend on when the host looks.
+The host looks every `steps_per_call` steps: it fetches the completions that ended, prefills the next wave of prompts
+once all requests of the last one were begun, sends the device on its way, and hands the completions over, so that they
+are judged while others are drawn.
 """
 
-import bisect
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from rethinker_jax.config import BucketsConfig, SamplingConfig
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows, row_shards
-from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
+from rethinker_jax.prompts.batch import pack_prompts, unique_images
 from rethinker_jax.prompts.template import ChatTokenizer
-from rethinker_jax.prompts.windows import VisionGeometry, bucket
-from rethinker_jax.sampling import decode
+from rethinker_jax.prompts.windows import VisionGeometry, bucket, choose_bucket
+from rethinker_jax.sampling import decode, slots
+from rethinker_jax.sampling.caches import Caches
 from rethinker_jax.sampling.choose import request_keys
-from rethinker_jax.sampling.prefill import prefill
-from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, FinishReason, Prompt
+from rethinker_jax.sampling.completions import Drawn, Reader
+from rethinker_jax.sampling.memory import CacheNeeds, CachePlan, plan_caches, room_for_caches
+from rethinker_jax.sampling.prefill import kv_copies, prefill, prefill_responses
+from rethinker_jax.sampling.requests import Budgets, Counters, Kept, Request
+from rethinker_jax.sampling.schedule import make_schedule
+from rethinker_jax.types import TRIGGER
 
-EMPTY = np.zeros(0, np.int32)
+__all__ = ["Budgets", "Counters", "Drawn", "Kept", "Request", "Sampler"]
 
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One completion to draw.
-
-    prefix_ids, prefix_segments: tokens that stand before the first drawn one (another pass wrote or inserted them).
-    trigger_ids: fed in place of the end token of the first response; empty = none.
-    """
-
-    prompt: Prompt
-    sample: int
-    trigger_ids: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY)
-    prefix_ids: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY)
-    prefix_segments: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A completion, and the first response as it would have stood alone (None unless a trigger was inserted here)."""
-
-    completion: Completion
-    first: Completion | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Budgets:
-    """Lengths in tokens. `first` and `second` bound the two responses; the widths bound what is inserted."""
-
-    first: int
-    second: int = 0
-    max_first: int = 0  # a longer first response gets no trigger
-    trigger_width: int = 0
-    prefix_width: int = 0
-
-    @property
-    def total(self) -> int:
-        """Most tokens of a completion, inserted ones included."""
-        forced = self.max_first + self.trigger_width + self.second if self.trigger_width else 0
-        return self.prefix_width + max(self.first, self.second if self.prefix_width else 0, forced)
-
-
-@dataclasses.dataclass(frozen=True)
-class Counters:
-    """What one call did: slot steps that wrote a token, all slot steps, images encoded, prompts prefilled.
-
-    `prompt_fill` and `vision_fill` are the shares of the padded arrays that held a token or a patch.
-    """
-
-    busy_steps: int
-    slot_steps: int
-    images: int
-    prompts: int
-    prompt_fill: float
-    vision_fill: float
+BLOCK = 16  # completions that are fetched together: one compiled copy serves any number of them
+NONE = np.zeros(0, np.float32)
+Copies = list[tuple[list[int], slots.Outputs]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What stays the same from call to call. `never` lists ids that are never drawn."""
+    """What stays the same from call to call.
+
+    never: ids that are never drawn. ring: columns of the slots' caches at first; they double as completions grow.
+    """
 
     model: Model
     mesh: Mesh
@@ -98,6 +50,7 @@ class Sampler:
     end_ids: tuple[int, ...]
     never: np.ndarray
     buckets: BucketsConfig
+    ring: int = 256
 
     def generate(
         self,
@@ -110,233 +63,383 @@ class Sampler:
         step: int,
         second_temperature: float = 1.0,
         num_prompts: int | None = None,
+        num_requests: int | None = None,
+        kept: Kept | None = None,
         on_finished: Callable[[Sequence[tuple[int, Drawn]]], None] | None = None,
     ) -> tuple[list[Drawn], Counters]:
         """Draw one completion a request, in the order of `requests`. `params` are in the sampling layout.
 
-        Each distinct prompt is prefilled once. `num_prompts` pads their number, so that few shapes are compiled.
-        `on_finished` is given the completions that ended since the last look, each with the number of its request,
-        while the device draws the others; a look that finds none gives an empty list. Raises ValueError for a prompt
-        that ends in an image: its last token is fed again, as text.
+        Each distinct prompt is prefilled once. `num_prompts` and `num_requests` pad their numbers, so that few shapes
+        are compiled. `on_finished` is given the completions that ended since the last look, each with the number of its
+        request, while the device draws the others; a look that finds none gives an empty list. Raises ValueError for a
+        prompt that ends in an image (its last token is fed again, as text), UserError where one request does not fit.
         """
-        prompts = list({id(request.prompt): request.prompt for request in requests}.values())
-        batch = self._pack(prompts, num_prompts or len(prompts))
-        prefilled = self._prefill(params, batch)
-        num_slots = min(settings.num_slots or len(requests), len(requests))
-        asked = self._requests(requests, prompts, settings, budgets, (seed, step), second_temperature)
-        places = decode.Places.on(self.mesh, num_slots, self.model.config.kv_heads)
-        state = decode.start(self.model, places, prefilled, len(requests), num_slots, budgets.total)
-        rules = self._rules(settings)
-
-        def go_on(state: decode.LoopState) -> decode.LoopState:
-            return decode.run(
-                self.model, places, params, prefilled, asked, rules, state, len(requests), settings.steps_per_call
-            )
-
+        for prompt in {id(request.prompt): request.prompt for request in requests}.values():
+            if prompt.image_index[-1] >= 0:
+                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
+        asked = _Asked(tuple(requests), settings, budgets, (seed, step), second_temperature)
+        call = _Call(self, params, asked, kept, num_prompts, num_requests)
         drawn: dict[int, Drawn] = {}
-        state, done = go_on(state), False
-        while not done:
-            if settings.stop_strings:
-                state = self._free_stopped(state, requests, settings.stop_strings)
-            look = jax.device_get(_look(state))
-            ended = [row for row in np.flatnonzero(look.ended).tolist() if row not in drawn]
-            blocks = [ended[start : start + BLOCK] for start in range(0, len(ended), BLOCK)]
-            # Copied before the loop goes on, because it takes the arrays over.
-            copies = [_rows_of(state.outputs, np.resize(np.array(rows, np.int32), BLOCK)) for rows in blocks]
-            done = bool(look.done)
-            if not done:
-                state = go_on(state)
-            new = []
-            for rows, copy in zip(blocks, copies, strict=True):
-                host = jax.device_get(copy)
-                strings = settings.stop_strings
-                new += [(row, self._drawn(host, place, requests[row], strings)) for place, row in enumerate(rows)]
+        call.go_on()
+        while len(drawn) < len(requests):
+            ended = [number for number in call.look() if number not in drawn]
+            copies = call.copy(ended)  # before the loop goes on, because it takes the arrays over
+            if len(drawn) + len(ended) < len(requests):
+                call.go_on()
+            new = call.read(copies)
             drawn |= new
             if on_finished is not None:
                 on_finished(new)
-        counters = Counters(
-            int(look.busy), int(look.step) * num_slots,
-            len({id(image) for prompt in prompts for image in prompt.images}), len(prompts),
-            prompt_fill=float(batch.text.lengths.sum() / batch.text.token_ids.size),
-            vision_fill=batch.vision.fill if batch.vision is not None else 1.0,
-        )  # fmt: skip
-        return [drawn[row] for row in range(len(requests))], counters
-
-    def _pack(self, prompts: list[Prompt], num_prompts: int) -> PromptBatch:
-        for prompt in prompts:
-            if prompt.image_index[-1] >= 0:
-                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
-        images = max(1, num_prompts // 2)
-        return pack_prompts(
-            prompts, self.geometry, batch_size=num_prompts, seq_minimum=32, seq_buckets=self.buckets.prompt_tokens,
-            vision_buckets=self.buckets.vision, vision_minimum=(bucket(images, 4), 4),
-            row_multiple=row_shards(self.mesh),
-        )  # fmt: skip
-
-    def _prefill(self, params: Params, batch: PromptBatch) -> decode.Prompts:
-        if batch.vision is not None:
-            batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
-        placed = place_rows(batch, self.mesh, 0, {"positions": 1})
-        lengths = batch.text.lengths
-        last = batch.text.token_ids[np.arange(len(lengths)), np.maximum(lengths - 1, 0)]
-        return decode.Prompts(prefill(self.model, params, placed), lengths, batch.next_positions, last)
-
-    def _requests(
-        self,
-        requests: Sequence[Request],
-        prompts: Sequence[Prompt],
-        settings: SamplingConfig,
-        budgets: Budgets,
-        name: tuple[int, int],
-        second_temperature: float,
-    ) -> decode.Requests:
-        count = len(requests)
-
-        def table(rows: list[np.ndarray], width: int) -> np.ndarray:
-            out = np.zeros((count, max(width, 1)), np.int32)
-            for row, values in enumerate(rows):
-                out[row, : len(values)] = values
-            return out
-
-        place_of = {id(prompt): place for place, prompt in enumerate(prompts)}
-        hashes = np.array([request.prompt.problem.stable_hash for request in requests], np.int32)
-        samples = np.array([request.sample for request in requests], np.int32)
-        return decode.Requests(
-            prompt=np.array([place_of[id(request.prompt)] for request in requests], np.int32),
-            key=_keys(*(np.uint32(number & 0xFFFFFFFF) for number in name), hashes, samples),
-            budget=np.full(count, budgets.first, np.int32),
-            prefix_ids=table([request.prefix_ids for request in requests], budgets.prefix_width),
-            prefix_segments=table([request.prefix_segments for request in requests], budgets.prefix_width),
-            prefix_length=np.array([len(request.prefix_ids) for request in requests], np.int32),
-            trigger_ids=table([request.trigger_ids for request in requests], budgets.trigger_width),
-            trigger_length=np.array([len(request.trigger_ids) for request in requests], np.int32),
-            max_first=np.full(count, budgets.max_first, np.int32),
-            second_budget=np.full(count, budgets.second, np.int32),
-            temperature=np.full(count, settings.temperature, np.float32),
-            second_temperature=np.full(count, second_temperature, np.float32),
-        )
-
-    def _rules(self, settings: SamplingConfig) -> decode.Rules:
-        vocab = self.model.config.vocab
-        allowed, ends = np.ones(vocab, bool), np.zeros(vocab, bool)
-        allowed[self.never] = False
-        ends[list(self.end_ids)] = not settings.ignore_eos
-        if settings.ignore_eos:
-            allowed[list(self.end_ids)] = False
-        top_k, top_p, min_p = np.int32(settings.top_k), np.float32(settings.top_p), np.float32(settings.min_p)
-        return decode.Rules(allowed, ends, top_k, top_p, min_p)
-
-    def _free_stopped(
-        self, state: decode.LoopState, requests: Sequence[Request], strings: tuple[str, ...]
-    ) -> decode.LoopState:
-        """End the completions in slots that hold a stop string; `_drawn` cuts them."""
-        in_slots = np.asarray(jax.device_get(state.slots.request))
-        host = jax.device_get(_rows_of(state.outputs, np.maximum(in_slots, 0)))
-        stopped = np.zeros(len(requests), bool)
-        for slot in np.flatnonzero(in_slots >= 0):
-            row, length = in_slots[slot], host.lengths[slot]
-            tokens, segments = host.tokens[slot, :length], host.segments[slot, :length]
-            stopped[row] = self._find_stop(tokens, segments, len(requests[row].prefix_ids), strings) is not None
-        return _stop_rows(state, stopped)
-
-    def _find_stop(
-        self, tokens: np.ndarray, segments: np.ndarray, inserted: int, strings: tuple[str, ...]
-    ) -> "_Stop | None":
-        """Where the first stop string ends that was drawn behind the `inserted` first tokens."""
-        for segment in (FIRST, SECOND):
-            places = np.flatnonzero(segments == segment)
-            drawn = places[places >= inserted]
-
-            def text(count: int, drawn: np.ndarray = drawn) -> str:
-                return self.tokenizer.decode(tokens[drawn[:count]])
-
-            def holds(count: int, text: Callable[[int], str] = text) -> bool:
-                return any(string in text(count) for string in strings)
-
-            if holds(len(drawn)):
-                count = bisect.bisect_left(range(len(drawn) + 1), True, key=holds)
-                whole = text(count)
-                cut = min(whole.find(string) for string in strings if string in whole)
-                before = self.tokenizer.decode(tokens[places[places < inserted]])
-                return _Stop(int(drawn[count - 1]) + 1, before + whole[:cut])
-        return None
-
-    def _drawn(self, host: decode.Outputs, row: int, request: Request, strings: tuple[str, ...]) -> Drawn:
-        length = host.lengths[row]
-        tokens, segments = host.tokens[row, :length], host.segments[row, :length]
-        stop = self._find_stop(tokens, segments, len(request.prefix_ids), strings) if strings else None
-        reason = decode.FINISH_REASONS[host.finish[row]] if stop is None else "stop_string"
-        completion = self._completion(tokens, host.log_probs[row, :length], segments, reason, stop)
-        if host.first_end_token[row] < 0 or not completion.forced:
-            return Drawn(completion)
-        count = int((completion.segments == FIRST).sum())
-        first = self._completion(
-            np.append(completion.token_ids[:count], host.first_end_token[row]).astype(np.int32),
-            np.append(completion.log_probs[:count], host.first_end_log_prob[row]).astype(np.float32),
-            np.full(count + 1, FIRST, np.int8),
-            "stop",
-        )
-        return Drawn(completion, first)
-
-    def _completion(
-        self,
-        token_ids: np.ndarray,
-        log_probs: np.ndarray,
-        segments: np.ndarray,
-        reason: FinishReason,
-        stop: "_Stop | None" = None,
-    ) -> Completion:
-        length = len(token_ids) if stop is None else stop.length
-        token_ids, log_probs, segments = token_ids[:length], log_probs[:length], segments[:length]
-        shown = length - (reason == "stop")  # without the end token
-        ids = token_ids[:shown]
-        parts = [(n, ids[segments[:shown] == n]) for n in (FIRST, TRIGGER, SECOND)]
-        texts = [(number, self.tokenizer.decode(part)) for number, part in parts if len(part)]
-        if stop is not None:
-            texts[-1] = (texts[-1][0], stop.text)
-            return Completion(token_ids, log_probs, segments, reason, "".join(text for _, text in texts), tuple(texts))
-        text = texts[0][1] if len(texts) == 1 else self.tokenizer.decode(ids)
-        return Completion(token_ids, log_probs, segments, reason, text, tuple(texts))
+        call.hand_over()
+        return [drawn[number] for number in range(len(requests))], call.counters()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stop:
-    """A stop string that was drawn: tokens up to it, it included, and the text of its response in front of it."""
+class _Asked:
+    """The arguments of one call. `name` is (seed, step)."""
 
-    length: int
-    text: str
+    requests: tuple[Request, ...]
+    settings: SamplingConfig
+    budgets: Budgets
+    name: tuple[int, int]
+    second_temperature: float
 
 
-BLOCK = 16  # completions that are fetched together: one compiled copy serves any number of them
+class _Call:
+    """One call of `generate` under way: where the requests lie on the device, and what the host knows of it."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Params,
+        asked: _Asked,
+        kept: Kept | None,
+        num_prompts: int | None,
+        num_requests: int | None,
+    ):
+        self.sampler, self.params, self.asked, self.kept = sampler, params, asked, kept
+        self.reusing = kept is not None and kept.filled
+        requests = asked.requests
+        prompts = kept.prompts if kept is not None and kept.filled else [one.prompt for one in requests]
+        self.prompts = list({id(prompt): prompt for prompt in prompts}.values())
+        number_of = {id(prompt): number for number, prompt in enumerate(self.prompts)}
+        prompt_of = [number_of[id(request.prompt)] for request in requests]
+        per_prompt = int(np.bincount(prompt_of).max())
+        rows = max(num_prompts or 0, len(self.prompts))
+        num_requests = max(num_requests or rows * per_prompt, len(requests))
+
+        self.prompt_tokens = choose_bucket(max(map(len, self.prompts)), sampler.buckets.prompt_tokens, 32)
+        self.shards = row_shards(sampler.mesh)
+        self.plan = self._plan(rows, num_requests)
+        self.schedule = make_schedule(
+            prompt_of, rows, [request.sample for request in requests], shards=self.shards,
+            wave_rows=kept.wave_rows if kept is not None and kept.filled else self.plan.wave_rows,
+            requests_per_prompt=-(-num_requests // rows),
+        )  # fmt: skip
+        self.request_of = np.full(self.schedule.num_rows, -1)
+        self.request_of[self.schedule.row_of] = np.arange(len(requests))
+
+        self.places = slots.Places(sampler.mesh, self.schedule.shared, self._tensor_divides())
+        self.reader = Reader(sampler.tokenizer, asked.settings.stop_strings)
+        self.rules = _rules(sampler, asked.settings)
+        self.resuming = any(request.num_resumed for request in requests)
+        self.device_requests = self._requests()
+        self.num_images = self.num_prefilled = self.read_tokens = self.fed_tokens = self.slot_steps = 0
+        self.fills: list[tuple[int, int, float]] = []
+        self.waves: list[slots.Prompts] = []
+        self.wave = -1
+        self._next_wave()
+        self.ring = self._first_ring()
+        keep = self.asked.budgets.first if kept is None else min(self.asked.budgets.first, kept.max_tokens)
+        sizes = slots.Sizes(
+            self.schedule.num_rows, self.plan.num_slots, asked.budgets.total, self.ring,
+            keep if self.plan.keep_responses else 0,
+        )  # fmt: skip
+        self.state = decode.begin(self.places, self.prefilled, self.device_requests, sizes)
+        self.last: _Look | None = None
+        self.stopped = np.zeros(self.schedule.num_rows, bool)
+
+    def _tensor_divides(self) -> bool:
+        config, mesh = self.sampler.model.config, self.sampler.mesh
+        return config.kv_heads * kv_copies(config, mesh) % mesh.shape["tensor"] == 0
+
+    def _plan(self, rows: int, num_requests: int) -> CachePlan:
+        config, mesh, settings = self.sampler.model.config, self.sampler.mesh, self.asked.settings
+        heads = config.kv_heads * kv_copies(config, mesh) // (mesh.shape["tensor"] if self._tensor_divides() else 1)
+        itemsize = self.params["text"]["embedding"].dtype.itemsize
+        filling = self.kept is not None and not self.reusing
+        kept_tokens = min(self.asked.budgets.first, self.kept.max_tokens) if self.kept is not None and filling else 0
+        needs = CacheNeeds(
+            bytes_per_token=config.layers * 2 * heads * config.head_dim * itemsize,
+            shards=self.shards,
+            num_slots=min(settings.num_slots or num_requests, num_requests),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.asked.budgets.total,
+            num_prompts=rows,
+            wave_rows=max(1, settings.prefill_tokens // self.prompt_tokens) * self.shards,
+            kept_rows=num_requests,
+            kept_tokens=kept_tokens,
+        )
+        return plan_caches(needs, room_for_caches(mesh.local_devices[0], settings.cache_gib))
+
+    def _first_ring(self) -> int:
+        """Columns that the first turn wants, and all that is resumed."""
+        resumed = max((len(request.prefix_ids) for request in self.asked.requests if request.num_resumed), default=0)
+        stored = self.resumed[0][0].shape[-1] if self.resumed is not None else 0
+        return self._ring_for(max(resumed + self.asked.settings.steps_per_call, stored))
+
+    def _ring_for(self, columns: int) -> int:
+        size = self.sampler.ring
+        while size < columns:
+            size *= 2
+        return min(size, self.asked.budgets.total)
+
+    def _next_wave(self) -> None:
+        """Prefill the next wave of prompts, or take it from the call before, and what of its requests is resumed."""
+        self.wave += 1
+        kept = self.kept
+        if kept is not None and self.reusing and kept.waves:
+            self.prefilled = kept.waves[self.wave]
+        else:
+            self.prefilled = self._prefill(self.schedule.waves[self.wave])
+            if self.plan.keep_prompts:
+                self.waves.append(self.prefilled)
+        self.resumed = None
+        if self.resuming:
+            stored = kept.caches if kept is not None and self.reusing else None
+            self.resumed = stored if stored is not None else self._read_responses()
+
+    def _prefill(self, wave: np.ndarray) -> slots.Prompts:
+        places = np.flatnonzero((wave >= 0) & (wave < len(self.prompts)))
+        prompts = [self.prompts[number] for number in wave[places]]
+        rows = -(-len(wave) // self.shards) * self.shards
+        sampler = self.sampler
+        batch = pack_prompts(
+            prompts, sampler.geometry, batch_size=rows, rows=places, seq_buckets=(self.prompt_tokens,),
+            seq_minimum=self.prompt_tokens, vision_buckets=sampler.buckets.vision,
+            vision_minimum=(bucket(max(1, rows // 2), 4), 4), row_multiple=self.shards,
+        )  # fmt: skip
+        lengths = batch.text.lengths
+        self.fills.append(
+            (int(lengths.sum()), batch.text.token_ids.size, 1.0 if batch.vision is None else batch.vision.fill)
+        )
+        self.num_images += len(unique_images(prompts)[0])
+        self.num_prefilled += len(prompts)
+        if batch.vision is not None:
+            batch = dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, merged_index=()))
+        placed = place_rows(batch, sampler.mesh, 0, {"positions": 1})
+        most = self.asked.settings.prefill_tokens
+        per_shard = self.prompt_tokens * rows // self.shards
+        chunk = -(-self.prompt_tokens // -(-per_shard // most)) if per_shard > most else 0
+        caches = prefill(sampler.model, self.places, self.params, placed, chunk)
+        last = batch.text.token_ids[np.arange(rows), np.maximum(lengths - 1, 0)]
+        return slots.Prompts(caches, lengths, batch.next_positions, last)
+
+    def _read_responses(self) -> Caches:
+        """Caches of what the requests of this wave resume, each response in one chunk behind its prompt."""
+        schedule = self.schedule
+        mine = np.flatnonzero(schedule.wave_of == self.wave)
+        counts = [self.asked.requests[number].num_resumed for number in mine]
+        width = bucket(max(self._resumed_width(), 1), 32)
+        rows = self.shards * schedule.wave_queue
+        token_ids, prompt_of = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+        for number, count in zip(mine, counts, strict=True):
+            request = self.asked.requests[number]
+            row = schedule.row_of[number] // schedule.queue * schedule.wave_queue + schedule.wave_place[number]
+            prompt_of[row] = schedule.prompt_row[number]
+            token_ids[row, 0] = request.prompt.token_ids[-1]
+            if count:
+                token_ids[row, 1:count] = request.prefix_ids[: count - 1]
+        self.read_tokens += sum(counts)
+        block = max(1, self.asked.settings.prefill_tokens // width)
+        return prefill_responses(
+            self.sampler.model, self.places, self.params, self.prefilled, prompt_of, token_ids, block
+        )
+
+    def _resumed_width(self) -> int:
+        return max(request.num_resumed for request in self.asked.requests)
+
+    def go_on(self) -> None:
+        """Send the device on its way: the next wave where it is wanted, a longer ring where one may be."""
+        limits, steps = self.schedule.limits, self.asked.settings.steps_per_call
+        if self.last is not None:
+            if self.wave + 1 < len(limits) and (self.last.next_request >= limits[self.wave]).all():
+                self._next_wave()
+            ring = self._ring_for(int(np.max(self.last.emitted, initial=0, where=self.last.request >= 0)) + steps)
+            if ring > self.ring:
+                self.state, self.ring = decode.resize(self.places, ring, self.state), ring
+        turn = slots.Turn(
+            num_steps=np.full(self.shards, steps, np.int32),
+            limit=limits[self.wave].astype(np.int32),
+            total=self.schedule.totals.astype(np.int32),
+            stopped=self.stopped,
+        )
+        self.state = decode.run(
+            self.sampler.model, self.places, self.params, self.prefilled, self.resumed, self.device_requests,
+            self.rules, turn, self.state,
+        )  # fmt: skip
+
+    def look(self) -> list[int]:
+        """Numbers of the requests that ended, by themselves or by a stop string."""
+        look = jax.device_get(_look(self.state))
+        steps = look.counts.steps if self.last is None else look.counts.steps - self.last.counts.steps
+        self.slot_steps += int(steps.max()) * self.plan.num_slots
+        self.last = look
+        ended = look.finish != slots.RUNNING
+        if self.reader.strings:
+            self.stopped = self._find_stops(look)
+            ended = ended | self.stopped
+        return [int(number) for number in self.request_of[ended] if number >= 0]
+
+    def _find_stops(self, look: "_Look") -> np.ndarray:
+        """bool [rows]: completions in slots that hold a stop string."""
+        slot = np.flatnonzero(look.request >= 0)
+        shard = slot // (self.plan.num_slots // self.shards)
+        rows = shard * self.schedule.queue + look.request[slot]
+        wanted = np.resize(rows, len(look.request)) if len(rows) else np.zeros(len(look.request), np.int64)
+        host = jax.device_get(_rows_of(self.state.outputs, wanted.astype(np.int32)))
+        stopped = np.zeros(self.schedule.num_rows, bool)
+        for place, row in enumerate(rows):
+            request = self.asked.requests[self.request_of[row]]
+            stopped[row] = self.reader.stops(host, place, len(request.prefix_ids))
+        return stopped
+
+    def copy(self, ended: Sequence[int]) -> Copies:
+        blocks = [list(ended[start : start + BLOCK]) for start in range(0, len(ended), BLOCK)]
+        rows = [np.resize(self.schedule.row_of[block], BLOCK).astype(np.int32) for block in blocks]
+        return [(block, _rows_of(self.state.outputs, places)) for block, places in zip(blocks, rows, strict=True)]
+
+    def read(self, copies: Copies) -> list[tuple[int, Drawn]]:
+        found = []
+        for block, copy in copies:
+            host = jax.device_get(copy)
+            for place, number in enumerate(block):
+                request = self.asked.requests[number]
+                drawn = self.reader.read(host, place, len(request.prefix_ids))
+                inserted = (drawn.completion.segments == TRIGGER).sum()
+                fed = len(request.prefix_ids) - request.num_resumed
+                self.fed_tokens += int(fed if len(request.prefix_ids) else inserted)
+                found.append((number, drawn))
+        return found
+
+    def hand_over(self) -> None:
+        """Fill `kept` with what the next call may start from."""
+        kept = self.kept
+        if kept is None or self.reusing:
+            return
+        kept.prompts, kept.waves, kept.wave_rows = self.prompts, self.waves, self.plan.wave_rows
+        kept.caches = self.state.kept
+        kept.row_of = {
+            (id(request.prompt), request.sample): int(row % self.schedule.queue)
+            for request, row in zip(self.asked.requests, self.schedule.row_of, strict=True)
+        }
+
+    def counters(self) -> Counters:
+        assert self.last is not None, "the loop has not run"
+        counts = self.last.counts
+        filled, size = sum(fill[0] for fill in self.fills), sum(fill[1] for fill in self.fills)
+        return Counters(
+            busy_steps=int(counts.busy.sum()),
+            slot_steps=self.slot_steps,
+            images=self.num_images,
+            prompts=self.num_prefilled,
+            prompt_fill=filled / size if size else 1.0,
+            vision_fill=float(np.mean([fill[2] for fill in self.fills])) if self.fills else 1.0,
+            waves=len(self.fills),
+            drain_busy_steps=int(counts.drain_busy.sum()),
+            drain_slot_steps=int(counts.drain_steps.sum()) * self.plan.num_slots // self.shards,
+            read_tokens=self.read_tokens,
+            fed_tokens=self.fed_tokens,
+            cache_bytes=self.plan.bytes_per_device,
+        )
+
+    def _requests(self) -> slots.Requests:
+        """The requests as the device wants them, each in its row."""
+        asked, schedule = self.asked, self.schedule
+        requests, budgets = asked.requests, asked.budgets
+
+        def column(values: Sequence[Any] | np.ndarray, dtype: Any = np.int32) -> np.ndarray:
+            values = np.asarray(values, dtype)
+            out = np.zeros((schedule.num_rows, *values.shape[1:]), dtype)
+            out[schedule.row_of] = values
+            return out
+
+        def table(rows: Sequence[np.ndarray], width: int, dtype: Any = np.int32) -> np.ndarray:
+            out = np.zeros((schedule.num_rows, max(width, 1)), dtype)
+            for row, values in zip(schedule.row_of, rows, strict=True):
+                out[row, : len(values)] = values[:width]
+            return out
+
+        resumed = [request.num_resumed for request in requests]
+        first = [one.resume for one in requests]
+        logs = [None if one is None else (one.log_probs, one.truncated_log_probs) for one in first]
+        none = np.zeros(0, np.float32)
+        log_probs = [none if one is None else one[0][:n] for one, n in zip(logs, resumed, strict=True)]
+        truncated = [
+            none if one is None or one[1] is None else one[1][:n] for one, n in zip(logs, resumed, strict=True)
+        ]
+        seeds = [np.uint32((asked.name[0] if one.seed is None else one.seed) & 0xFFFFFFFF) for one in requests]
+        hashes = column([request.prompt.problem.stable_hash for request in requests])
+        samples = column([request.sample for request in requests])
+        budget = [budgets.first if one.budget is None else min(one.budget, budgets.first) for one in requests]
+        width = budgets.prefix_width
+        count = len(requests)
+        return slots.Requests(
+            prompt=column(schedule.prompt_row),
+            key=_keys(column(seeds, np.uint32), np.uint32(asked.name[1] & 0xFFFFFFFF), hashes, samples),
+            budget=column(budget),
+            prefix_ids=table([request.prefix_ids for request in requests], width),
+            prefix_segments=table([request.prefix_segments for request in requests], width),
+            prefix_length=column([len(request.prefix_ids) for request in requests]),
+            resumed=column(resumed),
+            resumed_from=column(self._resumed_from()),
+            resumed_log_probs=table(log_probs, width, np.float32),
+            resumed_truncated=table(truncated, width, np.float32),
+            trigger_ids=table([request.trigger_ids for request in requests], budgets.trigger_width),
+            trigger_length=column([len(request.trigger_ids) for request in requests]),
+            max_first=column(np.full(count, budgets.max_first)),
+            second_budget=column(np.full(count, budgets.second)),
+            temperature=column(np.full(count, asked.settings.temperature), np.float32),
+            second_temperature=column(np.full(count, asked.second_temperature), np.float32),
+        )
+
+    def _resumed_from(self) -> np.ndarray:
+        kept = self.kept
+        if kept is None or not self.reusing or kept.caches is None:
+            return self.schedule.wave_place
+        rows = [kept.row_of.get((id(one.prompt), one.sample), 0) for one in self.asked.requests]
+        return np.array(rows, np.int64)
+
 
 _keys = jax.jit(request_keys)
 
 
 class _Look(NamedTuple):
-    """What the host wants to know of the loop; `ended` is bool [requests]."""
+    """What the host wants to know of the loop: [rows] finish codes, [slots] requests and lengths, [shards] the rest."""
 
-    ended: Any
-    done: Any
-    busy: Any
-    step: Any
-
-
-@jax.jit
-def _look(state: decode.LoopState) -> _Look:
-    ended = state.outputs.finish != decode.RUNNING
-    return _Look(ended, ended.all() & (state.slots.request < 0).all(), state.busy, state.step)
+    finish: Any
+    request: Any
+    emitted: Any
+    next_request: Any
+    counts: Any
 
 
 @jax.jit
-def _rows_of(outputs: decode.Outputs, rows: jax.Array) -> decode.Outputs:
+def _look(state: slots.LoopState) -> _Look:
+    return _Look(state.outputs.finish, state.slots.request, state.slots.emitted, state.next_request, state.counts)
+
+
+@jax.jit
+def _rows_of(outputs: slots.Outputs, rows: jax.Array) -> slots.Outputs:
     return jax.tree.map(lambda array: array[rows], outputs)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _stop_rows(state: decode.LoopState, stopped: jax.Array) -> decode.LoopState:
-    """Ends the requests of `stopped`, bool [requests], that are in slots, and frees these."""
-    in_slots = state.slots.request
-    freed = (in_slots >= 0) & stopped[jnp.maximum(in_slots, 0)]
-    slots = dataclasses.replace(state.slots, request=jnp.where(freed, -1, in_slots))
-    finish = jnp.where(stopped, decode.STOP_STRING, state.outputs.finish)
-    return dataclasses.replace(state, slots=slots, outputs=dataclasses.replace(state.outputs, finish=finish))
+def _rules(sampler: Sampler, settings: SamplingConfig) -> slots.Rules:
+    vocab = sampler.model.config.vocab
+    allowed, ends = np.ones(vocab, bool), np.zeros(vocab, bool)
+    allowed[sampler.never] = False
+    ends[list(sampler.end_ids)] = not settings.ignore_eos
+    if settings.ignore_eos:
+        allowed[list(sampler.end_ids)] = False
+    top_k, top_p, min_p = np.int32(settings.top_k), np.float32(settings.top_p), np.float32(settings.min_p)
+    return slots.Rules(allowed, ends, top_k, top_p, min_p)
