@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rethinker_jax.config import Config, DataConfig, MeshConfig, ModelConfig, SamplingConfig
+from rethinker_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, SamplingConfig
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.example.tasks import make_task
 from rethinker_jax.models.qwen25vl import Model, Params, param_shapes
@@ -24,16 +24,89 @@ from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.weights import save_params
 from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
 from rethinker_jax.prompts.positions import mrope_positions
-from rethinker_jax.sampling.sampler import Budgets, Request
-from rethinker_jax.system import System, load_system
+from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
+from rethinker_jax.system import System, load_system, make_updater
+from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.update import Updater
 from rethinker_jax.types import Completion, Prompt
 
 TASKS = (0, 1, 3, 6, 8, 16)  # one image three times, two images, none, two images
 NUM_SAMPLES = 4
 NEW = 10  # tokens
-MESHES = (MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2))
+# On the first every device holds all six prompts, on the second each kv head is there twice.
+MESHES = (MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=1, tensor=4))
 MESH_BUDGETS = Budgets(first=6)
 MESH_SETTINGS = SamplingConfig(num_slots=8, steps_per_call=4)
+
+
+PLAIN = Budgets(first=NEW)
+SECOND_LOOK = 5
+MAX_FIRST = 5
+FORCED = Budgets(first=NEW, second=SECOND_LOOK, max_first=MAX_FIRST, trigger_width=4)
+CONTINUED = Budgets(first=MAX_FIRST, second=SECOND_LOOK, prefix_width=MAX_FIRST + 4)
+NEAR = 5e-5  # between log-probs of other shapes; sums are taken in another order
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in both layouts, requests, and what they draw when nothing ends them."""
+
+    system: System
+    params: Params
+    updater: Updater
+    requests: list[Request]
+    trigger: np.ndarray
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [request.prompt for request in self.requests[::NUM_SAMPLES]]
+
+    def generate(
+        self,
+        requests: Sequence[Request] | None = None,
+        budgets: Budgets = PLAIN,
+        *,
+        ends: tuple[int, ...] | None = None,
+        seed: int = 0,
+        step: int = 0,
+        second_temperature: float = 0.9,
+        num_prompts: int | None = None,
+        kept: Kept | None = None,
+        ring: int = 256,
+        **settings: Any,
+    ) -> tuple[list[Drawn], Counters]:
+        sampler = self.system.sampler
+        ends = sampler.end_ids if ends is None else ends
+        return dataclasses.replace(sampler, end_ids=ends, ring=ring).generate(
+            self.params, self.requests if requests is None else requests, SamplingConfig(**settings), budgets,
+            seed=seed, step=step, second_temperature=second_temperature, num_prompts=num_prompts, kept=kept,
+        )  # fmt: skip
+
+    def draw(self, *args: Any, **options: Any) -> list[Completion]:
+        return [one.completion for one in self.generate(*args, **options)[0]]
+
+    @functools.cached_property
+    def free(self) -> list[Completion]:
+        """All requests' completions, which only their budget ends."""
+        return self.draw(ends=())
+
+    @functools.cached_property
+    def common(self) -> tuple[int, ...]:
+        """Tokens by how often they stand early in `free`; as end tokens they end some early, some late, some never."""
+        counts = np.bincount(np.concatenate([one.token_ids[:6] for one in self.free]))
+        return tuple(np.argsort(-counts, kind="stable").tolist())
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.common[:4]
+
+    @functools.cached_property
+    def forced_requests(self) -> list[Request]:
+        """Every second request has the trigger."""
+        return [
+            dataclasses.replace(one, trigger_ids=self.trigger) if place % 2 else one
+            for place, one in enumerate(self.requests)
+        ]
 
 
 def build_directory(directory: Path) -> None:
@@ -79,6 +152,33 @@ def grown(prompt: Prompt, ids: np.ndarray, system: System) -> Prompt:
     return dataclasses.replace(prompt, token_ids=token_ids, positions=positions, image_index=index, next_position=after)
 
 
+def load(directory: Path) -> Loaded:
+    build_directory(directory)
+    config = make_config(directory, MeshConfig())
+    system = load_system(config)
+    return Loaded(
+        system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
+        make_requests(make_prompts(system)), system.tokenizer.encode("\n\nWait"),
+    )  # fmt: skip
+
+
+def assert_same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
+    assert [one.token_ids.tolist() for one in ours] == [one.token_ids.tolist() for one in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=NEAR)
+        assert (a.finish_reason, a.text, a.parts) == (b.finish_reason, b.text, b.parts)
+
+
+def trainer_log_probs(loaded: Loaded, completions: Sequence[Completion]) -> list[np.ndarray]:
+    rows = []
+    for request, one in zip(loaded.requests, completions, strict=True):
+        none = np.zeros(len(one), bool)
+        rows.append(TrainRow(request.prompt, one.token_ids, none, none, np.zeros(len(one), np.float32)))
+    batch = pack_rows(rows, loaded.system.geometry, FORCED.total, len(rows))
+    found = np.asarray(loaded.updater.log_probs(loaded.system.params, batch))
+    return [row[: len(one)] for row, one in zip(found, completions, strict=True)]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def last_logits(model: Model, params: Params, batch: PromptBatch) -> jax.Array:
     table = None if batch.vision is None else model.encode_images(params, batch.vision)
@@ -109,7 +209,7 @@ def mesh_completions(system: System) -> list[Completion]:
     """What is drawn on a mesh, and with all prompts in another order of slots than on one device."""
     requests = make_requests(make_prompts(system))
     drawn, _ = system.sampler.generate(
-        system.sampling_params(system.params), requests, MESH_SETTINGS, MESH_BUDGETS, seed=3, step=5, num_prompts=8
+        system.sampling_params(system.params), requests, MESH_SETTINGS, MESH_BUDGETS, seed=3, step=5
     )
     return [one.completion for one in drawn]
 

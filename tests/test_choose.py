@@ -27,8 +27,9 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    log_probs_wanted: bool = False,
 ) -> np.ndarray:
-    """One token for every uniform number, from `logits` [vocab] or [rows, vocab]. Always runs on the grid's shape."""
+    """One token (or its log-prob) a uniform number, from `logits` [vocab] or [rows, vocab], on the grid's shape."""
     count, vocab = len(uniform), logits.shape[-1]
     rows = np.resize(np.broadcast_to(logits, (count, vocab)), (len(GRID), vocab)).astype(np.float32)
     allowed = np.ones(vocab, bool)
@@ -36,7 +37,8 @@ def draw(
     temperatures = np.resize(np.asarray(temperature, np.float32), len(GRID))
     arrays = rows, np.resize(uniform, len(GRID)).astype(np.float32), allowed, temperatures
     numbers = np.int32(top_k), np.float32(top_p), np.float32(min_p)
-    return np.asarray(jitted(*map(jnp.asarray, arrays), *map(jnp.asarray, numbers)))[:count]
+    tokens, log_probs = jitted(*map(jnp.asarray, arrays), *map(jnp.asarray, numbers))
+    return (np.asarray(log_probs) if log_probs_wanted else np.asarray(tokens))[:count]
 
 
 jitted = jax.jit(choose_tokens)
@@ -102,6 +104,20 @@ def test_truncation_is_that_of_sorting(vocab: int, kind: str, options: dict[str,
     assert (wanted[tokens] > 0).all()
     # Every token whose interval is longer than the grid's step is met.
     assert set(np.flatnonzero(wanted > 1.01 / len(GRID))) <= set(tokens.tolist())
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.35}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}
+], ids=str)  # fmt: skip
+def test_log_probs_are_under_what_was_drawn_from(options: dict[str, Any]) -> None:
+    """Catches the full softmax's log-probs, those before the temperature or before the ban, and a kept mass below 1."""
+    logits, banned = logits_of("usual", 1500), np.array([0, 7])
+    tokens = draw(logits, GRID, banned=banned, **options)
+    found = draw(logits, GRID, banned=banned, log_probs_wanted=True, **options)
+    rest = {name: options.get(name, value) for name, value in {"top_k": 0, "top_p": 1.0, "min_p": 0.0}.items()}
+    wanted = truncated(softmax(logits, options.get("temperature", 1.0), banned), **rest)
+    np.testing.assert_allclose(found, np.log(wanted[tokens]), rtol=0, atol=2e-5)
+    assert (draw(logits, GRID, temperature=0.0, log_probs_wanted=True) == 0).all()
 
 
 def test_ties_at_a_threshold_stay() -> None:
@@ -185,7 +201,9 @@ def test_numbers_are_named() -> None:
     """Catches a name that is left out of the key, and numbers that hang on the slot."""
     problems, samples = (part.ravel().astype(np.int32) for part in np.meshgrid([5, 6, 2**31 - 1], np.arange(4)))
     keys = [
-        np.asarray(request_keys(seed, step, *map(jnp.asarray, (problems, samples))))
+        np.asarray(
+            request_keys(jnp.full(len(problems), seed, jnp.uint32), step, *map(jnp.asarray, (problems, samples)))
+        )
         for seed, step in [(0, 0), (0, 1), (1, 0)]
     ]
     many = np.concatenate(keys)

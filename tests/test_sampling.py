@@ -5,109 +5,35 @@ and must come again in every other: with other end tokens it is the same complet
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from sampling_cases import (
+    CONTINUED,
+    FORCED,
+    MAX_FIRST,
+    NEAR,
     NEW,
     NUM_SAMPLES,
-    build_directory,
+    PLAIN,
+    SECOND_LOOK,
+    Loaded,
+    assert_same,
     grown,
-    make_config,
-    make_prompts,
-    make_requests,
+    load,
     naive_greedy,
+    trainer_log_probs,
 )
 
-from rethinker_jax.config import LossConfig, MeshConfig, SamplingConfig
-from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Request
-from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainRow, pack_rows
-from rethinker_jax.training.update import Updater
-from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Prompt
-
-PLAIN = Budgets(first=NEW)
-SECOND_LOOK = 5
-MAX_FIRST = 5
-FORCED = Budgets(first=NEW, second=SECOND_LOOK, max_first=MAX_FIRST, trigger_width=4)
-CONTINUED = Budgets(first=MAX_FIRST, second=SECOND_LOOK, prefix_width=MAX_FIRST + 4)
-NEAR = 5e-5  # between log-probs of other shapes; sums are taken in another order
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model in both layouts, requests, and what they draw when nothing ends them."""
-
-    system: System
-    params: Params
-    updater: Updater
-    requests: list[Request]
-    trigger: np.ndarray
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        return [request.prompt for request in self.requests[::NUM_SAMPLES]]
-
-    def generate(
-        self,
-        requests: Sequence[Request] | None = None,
-        budgets: Budgets = PLAIN,
-        *,
-        ends: tuple[int, ...] | None = None,
-        seed: int = 0,
-        step: int = 0,
-        second_temperature: float = 0.9,
-        num_prompts: int | None = None,
-        **settings: Any,
-    ) -> tuple[list[Drawn], Counters]:
-        sampler = self.system.sampler
-        return dataclasses.replace(sampler, end_ids=sampler.end_ids if ends is None else ends).generate(
-            self.params, self.requests if requests is None else requests, SamplingConfig(**settings), budgets,
-            seed=seed, step=step, second_temperature=second_temperature, num_prompts=num_prompts,
-        )  # fmt: skip
-
-    def draw(self, *args: Any, **options: Any) -> list[Completion]:
-        return [one.completion for one in self.generate(*args, **options)[0]]
-
-    @functools.cached_property
-    def free(self) -> list[Completion]:
-        """All requests' completions, which only their budget ends."""
-        return self.draw(ends=())
-
-    @functools.cached_property
-    def common(self) -> tuple[int, ...]:
-        """Tokens by how often they stand early in `free`; as end tokens they end some early, some late, some never."""
-        counts = np.bincount(np.concatenate([one.token_ids[:6] for one in self.free]))
-        return tuple(np.argsort(-counts, kind="stable").tolist())
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        return self.common[:4]
-
-    @functools.cached_property
-    def forced_requests(self) -> list[Request]:
-        """Every second request has the trigger."""
-        return [
-            dataclasses.replace(one, trigger_ids=self.trigger) if place % 2 else one
-            for place, one in enumerate(self.requests)
-        ]
+from rethinker_jax.sampling.sampler import Drawn, Request
+from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    directory = tmp_path_factory.mktemp("model")
-    build_directory(directory)
-    config = make_config(directory, MeshConfig())
-    system = load_system(config)
-    return Loaded(
-        system, system.sampling_params(system.params), make_updater(config, system, 1, LossConfig()),
-        make_requests(make_prompts(system)), system.tokenizer.encode("\n\nWait"),
-    )  # fmt: skip
+    return load(tmp_path_factory.mktemp("model"))
 
 
 def cut_at(completion: Completion, ends: Sequence[int], budget: int = NEW) -> tuple[list[int], str]:
@@ -116,23 +42,6 @@ def cut_at(completion: Completion, ends: Sequence[int], budget: int = NEW) -> tu
     if len(places) == 0:
         return completion.token_ids[:budget].tolist(), "length"
     return completion.token_ids[: places[0] + 1].tolist(), "stop"
-
-
-def assert_same(ours: Sequence[Completion], theirs: Sequence[Completion]) -> None:
-    assert [one.token_ids.tolist() for one in ours] == [one.token_ids.tolist() for one in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=0, atol=NEAR)
-        assert (a.finish_reason, a.text, a.parts) == (b.finish_reason, b.text, b.parts)
-
-
-def trainer_log_probs(loaded: Loaded, completions: Sequence[Completion]) -> list[np.ndarray]:
-    rows = []
-    for request, one in zip(loaded.requests, completions, strict=True):
-        none = np.zeros(len(one), bool)
-        rows.append(TrainRow(request.prompt, one.token_ids, none, none, np.zeros(len(one), np.float32)))
-    batch = pack_rows(rows, loaded.system.geometry, FORCED.total, len(rows))
-    found = np.asarray(loaded.updater.log_probs(loaded.system.params, batch))
-    return [row[: len(one)] for row, one in zip(found, completions, strict=True)]
 
 
 # --- the trainer, and the model without caches ----------------------------------------------------------------------

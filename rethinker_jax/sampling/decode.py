@@ -106,7 +106,7 @@ def _run_shard(
 
     def body(state: LoopState) -> LoopState:
         state = dataclasses.replace(state, counts=_count(state, turn))
-        logits, ring = _forward(model, params, prompts, requests, state)
+        logits, ring = _forward(model, params, state)
         state = dataclasses.replace(state, clock=state.clock + 1, slots=dataclasses.replace(state.slots, ring=ring))
         slots, outputs, finish = _write_tokens(logits, state.slots, requests, rules, state.outputs)
         state = _free(dataclasses.replace(state, slots=slots, outputs=outputs), finish)
@@ -156,6 +156,8 @@ def _refill(
     last_begun = _pick(requests.prefix_ids[asked], begun - 1)
     slots = Slots(
         request=request,
+        prompt_length=jnp.where(new, prompts.lengths[prompt], slots.prompt_length),
+        position=jnp.where(new, prompts.next_positions[prompt], slots.position),
         token=jnp.where(new, jnp.where(begun > 0, last_begun, prompts.last_tokens[prompt]), slots.token),
         emitted=jnp.where(new, begun, slots.emitted),
         segment=jnp.where(new, FIRST, slots.segment),
@@ -172,13 +174,10 @@ def _for_each(chosen: Bool[Array, " slots"], do: Callable[[jax.Array, Any], Any]
     return jax.lax.fori_loop(0, chosen.sum(), lambda place, carry: do(order[place], carry), carry)
 
 
-def _forward(
-    model: Model, params: Params, prompts: Prompts, requests: Requests, state: LoopState
-) -> tuple[Float[Array, "slots vocab"], Caches]:
+def _forward(model: Model, params: Params, state: LoopState) -> tuple[Float[Array, "slots vocab"], Caches]:
     """One token through all layers: logits that follow `slots.token`, and the ring with its key and value."""
     slots = state.slots
-    prompt = requests.prompt[jnp.maximum(slots.request, 0)]
-    position = prompts.next_positions[prompt] - 1 + slots.emitted
+    position = slots.position - 1 + slots.emitted
     angles = model.angles(jnp.broadcast_to(position[None, :, None], (3, position.shape[0], 1)))
     ring_length = slots.ring[0][0].shape[-1]
     column = state.clock[0] % ring_length
@@ -186,7 +185,7 @@ def _forward(
     seen_ring = age[None, None, :] <= slots.emitted[:, None, None]
     # The prompt's last token is fed again, so its prefilled column is left out.
     columns = jnp.arange(slots.prompt_caches[0][0].shape[-1])
-    seen_prompt = columns[None, None, :] < prompts.lengths[prompt][:, None, None] - 1
+    seen_prompt = columns[None, None, :] < slots.prompt_length[:, None, None] - 1
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: Any) -> tuple[jax.Array, LayerCache]:
         prompt_cache, ring = cache
@@ -288,12 +287,19 @@ def _pick(table: Int[Array, "slots width"], column: Int[Array, " slots"]) -> Int
     return jnp.take_along_axis(table, jnp.clip(column, 0, table.shape[1] - 1)[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def resize(places: Places, length: int, state: LoopState) -> LoopState:
-    """A longer ring, the oldest column first. The clock of every shard becomes the old length. `state` is donated."""
-    old = state.slots.ring[0][0].shape[-1]
+    """The state with a longer ring, its oldest column first. The clock of every shard becomes the old length."""
+    clock, ring = _lengthen(places, length, state.clock, state.slots.ring)
+    return dataclasses.replace(state, clock=clock, slots=dataclasses.replace(state.slots, ring=ring))
 
-    def lengthen(clock: jax.Array, ring: Caches) -> Caches:
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lengthen(
+    places: Places, length: int, clock: Int[Array, " shards"], ring: Caches
+) -> tuple[Int[Array, " shards"], Caches]:
+    old = ring[0][0].shape[-1]
+
+    def shard(clock: jax.Array, ring: Caches) -> Caches:
         def one(array: jax.Array, axis: int) -> jax.Array:
             turned = jnp.roll(array, -(clock[0] % old), axis=axis)
             return jnp.pad(turned, [(0, length - old if place == axis else 0) for place in range(4)])
@@ -301,10 +307,9 @@ def resize(places: Places, length: int, state: LoopState) -> LoopState:
         return [(one(keys, 3), one(values, 2)) for keys, values in ring]
 
     shards = jax.shard_map(
-        lengthen, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
+        shard, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
     )
-    slots = dataclasses.replace(state.slots, ring=shards(state.clock, state.slots.ring))
-    return places.put(dataclasses.replace(state, clock=jnp.full_like(state.clock, old), slots=slots))
+    return places.put_rows(jnp.full_like(clock, old)), places.put_caches(shards(clock, ring))
 
 
 __all__ = ["Sizes", "begin", "resize", "run"]

@@ -186,7 +186,7 @@ class _Call:
         """Columns that the first turn wants, and all that is resumed."""
         resumed = max((len(request.prefix_ids) for request in self.asked.requests if request.num_resumed), default=0)
         stored = self.resumed[0][0].shape[-1] if self.resumed is not None else 0
-        return self._ring_for(max(resumed + self.asked.settings.steps_per_call, stored))
+        return max(self._ring_for(resumed + self.asked.settings.steps_per_call), stored)
 
     def _ring_for(self, columns: int) -> int:
         size = self.sampler.ring
@@ -240,7 +240,7 @@ class _Call:
         schedule = self.schedule
         mine = np.flatnonzero(schedule.wave_of == self.wave)
         counts = [self.asked.requests[number].num_resumed for number in mine]
-        width = bucket(max(self._resumed_width(), 1), 32)
+        width = min(bucket(self._resumed_width(), 32), self.asked.budgets.total)
         rows = self.shards * schedule.wave_queue
         token_ids, prompt_of = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for number, count in zip(mine, counts, strict=True):

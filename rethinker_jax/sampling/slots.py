@@ -117,6 +117,8 @@ class Slots:
     """[slots], all. request -1 = idle."""
 
     request: Any
+    prompt_length: Any
+    position: Any  # m-RoPE position of the first completion token
     token: Any  # fed next
     emitted: Any  # completion tokens so far
     segment: Any
@@ -171,13 +173,13 @@ class Places:
 
     def put(self, state: LoopState) -> LoopState:
         slots = dataclasses.replace(
-            self._rows(state.slots),
+            self.put_rows(state.slots),
             prompt_caches=self.put_caches(state.slots.prompt_caches),
             ring=self.put_caches(state.slots.ring),
         )
-        return dataclasses.replace(self._rows(state), slots=slots, kept=self.put_caches(state.kept))
+        return dataclasses.replace(self.put_rows(state), slots=slots, kept=self.put_caches(state.kept))
 
-    def _rows(self, tree: Any) -> Any:
+    def put_rows(self, tree: Any) -> Any:
         return self._constrain(tree, ROWS)
 
     def put_caches(self, caches: Any, rows: PartitionSpec = ROWS) -> Any:
@@ -214,7 +216,17 @@ def start(places: Places, prompts: Prompts, requests: Requests, sizes: Sizes) ->
 
     idle = jnp.full(sizes.slots, -1, jnp.int32)
     zeros = jnp.zeros(sizes.slots, jnp.int32)
-    slots = Slots(idle, zeros, zeros, zeros, zeros, empty(sizes.slots, prompt_length), empty(sizes.slots, sizes.ring))
+    slots = Slots(
+        idle,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        zeros,
+        empty(sizes.slots, prompt_length),
+        empty(sizes.slots, sizes.ring),
+    )
     none = jnp.zeros(shards, jnp.int32)
     state = LoopState(
         clock=none,
