@@ -80,7 +80,7 @@ class RunProgress:
         now = self._clock()
         if done > self._done:
             self._paces.append((now - self._last_time) / (done - self._done))
-        self._last_time, self._done = now, done
+            self._last_time, self._done = now, done
         shown = [_field(name, value) for name, value in numbers.items()]
         line = "  ".join([*shown, f"{_duration(self.seconds_left())} left"])
         if self._bar:

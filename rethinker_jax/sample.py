@@ -3,12 +3,12 @@
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,17 +18,25 @@ from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.options import SampleOptions, ScoreOptions
+from rethinker_jax.output_files import (
+    appending,
+    check_asked,
+    check_writable,
+    finished_lines,
+    hash_of,
+    line_writer,
+    write_whole,
+)
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
-from rethinker_jax.run_directory import check_writable, hash_of, write_whole
-from rethinker_jax.sampling.sampler import Budgets, Request
+from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
 from rethinker_jax.system import System, load_system, make_updater, model_directory
 from rethinker_jax.training.batch import TrainRow, pack_rows
-from rethinker_jax.types import Problem, Prompt
+from rethinker_jax.types import Completion, Problem, Prompt
 
 
 def sample(options: SampleOptions, config: Config) -> None:
-    """Draw `n` completions of every problem and write them as they are finished.
+    """Draw `n` completions of every problem and write them as they end; a file is put in order at the end.
 
     An output file that exists is gone on with: problems that have all their lines there are not drawn again. What was
     asked stands beside it, in FILE.asked.json, so that two models never share a file. Raises UserError.
@@ -39,19 +47,19 @@ def sample(options: SampleOptions, config: Config) -> None:
     asked, finished = _asked(options, config), {}
     if output is not None:
         check_writable(output, "--output")
-        _check_asked(output, asked)
-        finished = _finished(output, options.n)
+        check_asked(output, asked)
+        finished = finished_lines(output, options.n, "sample")
     left = [problem for problem in problems if problem.id not in finished]
     system = load_system(config)
     one_shot = [_prompt(system, problem) for problem in problems] if options.data is None else []
     params = system.sampling_params(system.params)
-    budgets = Budgets(config.sampling.max_new_tokens)
-    size = 1 if one_shot else config.rollout.prompts_per_step
-    num_drawn = len(problems) - len(left)
+    settings = dataclasses.replace(config.sampling, num_slots=_num_slots(config, options.n))
+    size = 1 if one_shot else min(_chunk_size(config, options.n), max(len(left), 1))
+    num_finished = len(problems) - len(left)
     num_left_out = 0
     with (
         _appending(output, finished, asked) as write,
-        RunProgress(len(problems), num_drawn, title="sample") as shown,
+        RunProgress(len(problems), num_finished, title="sample", unit="problem") as shown,
     ):
         for start in range(0, len(left), size):
             chunk = left[start : start + size]
@@ -62,25 +70,86 @@ def sample(options: SampleOptions, config: Config) -> None:
             requests = [Request(prompt, number) for prompt in prompts for number in range(options.n)]
             if not requests:
                 continue
-            drawn, _ = system.sampler.generate(
-                params, requests, config.sampling, budgets, seed=options.seed, step=0, num_prompts=size
-            )
-            for request, one in zip(requests, drawn, strict=True):
-                completion = one.completion
-                write(
-                    {
-                        "id": request.prompt.problem.id,
-                        "sample": request.sample,
-                        "completion": completion.text,
-                        "completion_ids": completion.token_ids.tolist(),
-                        "log_probs": [float(value) for value in completion.log_probs],
-                        "finish_reason": completion.finish_reason,
-                    }
-                )
-            num_drawn += len(prompts)
-            shown.update(num_drawn + num_left_out, {})
-    if not num_drawn:
+            writer = _Writer(requests, options.n, write, shown, num_finished + num_left_out)
+            system.sampler.generate(
+                params, requests, settings, Budgets(settings.max_new_tokens), seed=options.seed, step=0,
+                num_prompts=size, on_finished=writer.finished,
+            )  # fmt: skip
+            num_finished += len(prompts)
+    if not num_finished:
         raise UserError(f"{options.data}: no row could be used; see above.")
+    if output is not None:
+        _sort(output, [problem.id for problem in problems])
+
+
+PACE = ("num_slots", "steps_per_call", "prefill_tokens", "cache_gib")  # of `sampling`: they change no completion
+REQUESTS_PER_SLOT = 32  # of one call of the sampler: its slots then stay busy for nine tenths of the time
+MOST_PROMPTS = 256  # of one call: their pixels are held together
+
+
+def _num_slots(config: Config, n: int) -> int:
+    return config.sampling.num_slots or config.rollout.prompts_per_step * n
+
+
+def _chunk_size(config: Config, n: int) -> int:
+    """How many problems go through the sampler together."""
+    wanted = -(-REQUESTS_PER_SLOT * _num_slots(config, n) // n)
+    return max(config.rollout.prompts_per_step, min(wanted, MOST_PROMPTS))
+
+
+def _sort(output: Path, ids: Sequence[str]) -> None:
+    """Lines by problem and sample, however often the command was gone on with."""
+    place_of = {name: place for place, name in enumerate(ids)}
+
+    def place(line: str) -> tuple[int, int]:
+        row = json.loads(line)
+        return place_of.get(row["id"], len(place_of)), row["sample"]
+
+    lines = output.read_text(encoding="utf-8").split("\n")[:-1]
+    write_whole(output, "".join(line + "\n" for line in sorted(lines, key=place)))
+
+
+class _Writer:
+    """Writes completions as they end, and shows how far it is. A problem is finished with its last sample."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        n: int,
+        write: Callable[[dict[str, Any]], None],
+        shown: RunProgress,
+        done: int,
+    ):
+        self._requests, self._write, self._shown, self._done = requests, write, shown, done
+        self._missing = dict.fromkeys((request.prompt.problem.id for request in requests), n)
+        self._num_tokens = 0
+        self._began_at = time.monotonic()
+
+    def finished(self, ended: Sequence[tuple[int, Drawn]]) -> None:
+        for number, drawn in ended:
+            request = self._requests[number]
+            self._write(_line(request, drawn.completion))
+            self._num_tokens += len(drawn.completion)
+            name = request.prompt.problem.id
+            self._missing[name] -= 1
+            self._done += not self._missing[name]
+        if ended:
+            pace = self._num_tokens / (time.monotonic() - self._began_at)
+            self._shown.update(self._done, {"tokens_per_second": pace})
+
+
+def _line(request: Request, completion: Completion) -> dict[str, Any]:
+    truncated = completion.truncated_log_probs
+    assert truncated is not None, "the sampler records them"
+    return {
+        "id": request.prompt.problem.id,
+        "sample": request.sample,
+        "completion": completion.text,
+        "completion_ids": completion.token_ids.tolist(),
+        "log_probs": [float(value) for value in completion.log_probs],
+        "truncated_log_probs": [float(value) for value in truncated],
+        "finish_reason": completion.finish_reason,
+    }
 
 
 def score(options: ScoreOptions, config: Config) -> None:
@@ -183,49 +252,10 @@ def _asked(options: SampleOptions, config: Config) -> dict[str, Any]:
         "seed": options.seed,
         "dtype": config.model.dtype,
         "prompt_template": options.prompt_template,
-        "sampling": dataclasses.asdict(config.sampling),
+        "sampling": {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in PACE},
         "pixels": [config.data.min_pixels, config.data.max_pixels],
     }
     return json.loads(json.dumps(asked))  # tuples are lists in the file
-
-
-def _check_asked(output: Path, asked: dict[str, Any]) -> None:
-    """Refuse to go on with a file that another model or other settings began."""
-    path = output.with_name(output.name + ".asked.json")
-    if not path.is_file() or not output.is_file() or not output.stat().st_size:
-        return
-    before = json.loads(path.read_text())
-    changed = [
-        f"{key} was {before.get(key)!r:.80}, is {asked[key]!r:.80}" for key in asked if before.get(key) != asked[key]
-    ]
-    if changed:
-        raise UserError(
-            f"--output {output} holds the lines of another request: {'; '.join(changed)}. Name another file."
-        )
-
-
-def _finished(output: Path, n: int) -> dict[str, list[bytes]]:
-    """Id → its `n` lines in `output`. Problems with fewer lines are drawn again, and a torn last line is left out.
-
-    Raises UserError for a file that was not made by `sample`.
-    """
-    if not output.is_file():
-        return {}
-    lines_of: dict[str, list[bytes]] = {}
-    lines = output.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            lines_of.setdefault(row["id"], []).append(line)
-            if row["sample"] >= n or len(lines_of[row["id"]]) > n:
-                raise UserError(f"--output {output} holds more than --n {n} samples a row. Name another file.")
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):  # a line without its newline was torn
-                raise UserError(
-                    f"--output {output} line {number} is not a line of `sample` ({error}); nothing was changed. "
-                    "Name another file."
-                ) from error
-    return {name: lines for name, lines in lines_of.items() if len(lines) == n}
 
 
 @contextlib.contextmanager
@@ -234,32 +264,22 @@ def _appending(
 ) -> Generator[Callable[[dict[str, Any]], None]]:
     """Append JSON lines to `output`, which begins with the finished ones, or write them to standard output."""
     if output is None:
-        yield _line_writer(sys.stdout)
+        yield line_writer(sys.stdout)
         return
-    write_whole(output.with_name(output.name + ".asked.json"), json.dumps(asked, indent=2) + "\n")
-    write_whole(output, b"".join(line + b"\n" for lines in finished.values() for line in lines).decode())
-    with output.open("a", encoding="utf-8") as file:
-        yield _line_writer(file)
+    with appending(output, finished, asked) as file:
+        yield line_writer(file)
 
 
 @contextlib.contextmanager
 def _replacing(output: Path | None) -> Generator[Callable[[dict[str, Any]], None]]:
     """Write JSON lines to `output`, which appears whole at the end, or to standard output."""
     if output is None:
-        yield _line_writer(sys.stdout)
+        yield line_writer(sys.stdout)
         return
     temporary = output.with_name(output.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            yield _line_writer(file)
+            yield line_writer(file)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _line_writer(file: io.TextIOBase | TextIO) -> Callable[[dict[str, Any]], None]:
-    def write(row: dict[str, Any]) -> None:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-
-    return write

@@ -17,11 +17,12 @@ Headline = Literal["mean", "macro"]
 class Item:
     """One question of a benchmark.
 
-    problem     `question` is the bare question with its <image> tags, without options; `choices` are the options' texts,
+    problem     `question` is the bare question with its <image> tags, no options; `choices` are the options' texts,
                 `answer` the gold as the verifier judges it, `type` its kind, `id` unique in the benchmark.
     query       the benchmark's own wording of the whole question (hint, question, options), "" where it has none.
     categories  dimension → value, as in {"task": "geometry problem solving", "grade": "high school"}.
     cluster     items of one cluster are drawn together when intervals are made; "" = the item stands alone.
+    alternatives  other golds that are right as well (MMMU's open questions), judged by the same type.
     scored      False: generated and shown, and reported apart (MEGA-Bench's open tasks).
     """
 
@@ -30,3 +31,4 @@ class Item:
     categories: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cluster: str = ""
     scored: bool = True
+    alternatives: tuple[str, ...] = ()

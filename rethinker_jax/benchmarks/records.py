@@ -15,6 +15,7 @@ class Record:
     completion, finish_reason         what the model wrote, and why it ended; num_tokens with the end token.
     verdict, extracted, rule          strict: by the rule of the training reward.
     lenient                           the verdict where any stated answer counts, boxed or not.
+    alternatives                      other golds, as in `Item`.
     forced, forced_*                  the whole text with a second look that was forced, and its verdict ("" = none).
     """
 
@@ -34,6 +35,7 @@ class Record:
     extracted: str | None
     rule: str
     lenient: VerdictName
+    alternatives: tuple[str, ...] = ()
     forced: str = ""
     forced_num_tokens: int = 0
     forced_verdict: VerdictName | None = None
