@@ -12,7 +12,7 @@ from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import config_name, find_config, load_config, load_defaults
 from rethinker_jax.config_keys import ALL_KEYS
 from rethinker_jax.errors import UserError
-from rethinker_jax.options import SampleOptions, ScoreOptions
+from rethinker_jax.options import EvaluateOptions, SampleOptions, ScoreOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,121 @@ def _verify(request: Request) -> None:
     verify_file(request.options.input, request.options.output, config.verifier)
 
 
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory, run directory or checkpoint")
+    parser.add_argument("--benchmark", metavar="NAME", help="a benchmark's name, or rows for rows of your own")
+    parser.add_argument("--data", metavar="PATH", help="folder, file or hub id (default: where it was published)")
+    parser.add_argument(
+        "--protocol", metavar="NAME", default="", help="prompt, pixels and decoding; docs/evaluation.md"
+    )
+    parser.add_argument("--n", metavar="N", type=int, help="samples per item (default: the protocol's)")
+    parser.add_argument("--seed", metavar="N", type=int, help="names the random stream (default: run.seed)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the result; generations and a page beside it")
+    parser.add_argument("--shard", metavar="I/N", help="the items whose number is I modulo N; see --merge")
+    parser.add_argument("--force-rethink", action="store_true", help="a trigger after every completion that ends")
+    parser.add_argument("--regrade", metavar="FILE", type=Path, help="judges these generations again, without a model")
+    parser.add_argument("--merge", metavar="FILE", nargs="+", type=Path, help="joins generations of shards to --output")
+    parser.add_argument("--compare", metavar="FILE", nargs="+", help="results, item by item")
+    parser.add_argument("--table", metavar="WORD", nargs="+", help="markdown, latex or csv, then results")
+    parser.add_argument("--export", metavar="WORD", nargs="+", help="lm_eval or vlmevalkit, then results; --output DIR")
+    parser.add_argument("--perplexity", metavar="FILE", type=Path, help="of these generations under --model")
+
+
+def _evaluate(request: Request) -> None:
+    options = request.options
+    if options.perplexity:
+        _perplexity(request)
+        return
+    if _evaluate_finished(request):
+        return
+    if options.benchmark is None or options.output is None:
+        raise UserError("evaluate: wanted --benchmark NAME and --output FILE")
+    if options.n is not None and options.n < 1:
+        raise UserError(f"evaluate: --n {options.n}: wanted 1 or more")
+    from rethinker_jax.evaluation.asks import MAX_PROMPT_TOKENS, choose_protocol, overrides_of
+
+    protocol = choose_protocol(options.protocol, options.n)
+    request = dataclasses.replace(request, overrides=(*overrides_of(protocol), *request.overrides))
+    config = request.config(lambda rest: load_defaults([f"data.max_prompt_tokens={MAX_PROMPT_TOKENS}", *rest]))
+    config = _with_model(config, options.model)
+    if not any(word.startswith("rethink.temperature=") for word in request.overrides):
+        config = dataclasses.replace(
+            config, rethink=dataclasses.replace(config.rethink, temperature=config.sampling.temperature)
+        )
+    n = protocol.decoding.n if options.n is None else options.n
+    if n > 1 and not config.sampling.temperature:
+        raise UserError(f"evaluate: --n {n} at temperature 0 draws the same {n} times; set sampling.temperature.")
+    asked = EvaluateOptions(
+        model=config.model.path,
+        benchmark=options.benchmark,
+        data=options.data,
+        protocol=protocol.name,
+        output=options.output,
+        n=n,
+        seed=config.run.seed if options.seed is None else options.seed,
+        shard=_shard(options.shard),
+        force_rethink=options.force_rethink,
+    )
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.evaluation.command import evaluate
+
+    start_jax(config)
+    print(evaluate(asked, config))
+
+
+def _evaluate_finished(request: Request) -> bool:
+    """The forms of `evaluate` that need no model; False where it is none of them."""
+    options = request.options
+    forms = {
+        "--regrade": options.regrade, "--merge": options.merge, "--compare": options.compare,
+        "--table": options.table, "--export": options.export,
+    }  # fmt: skip
+    given = [name for name, value in forms.items() if value]
+    if len(given) > 1:
+        raise UserError(f"evaluate: wanted one of {' and '.join(given)}")
+    if options.merge and options.output is None:
+        raise UserError("evaluate: --merge wants --output FILE")
+    if not given:
+        return False
+    from rethinker_jax.evaluation import finished, regrade
+
+    if options.compare:
+        finished.print_comparison(options.compare, options.output)
+    elif options.table:
+        finished.print_table(options.table, options.output)
+    elif options.export:
+        finished.export_results(options.export, options.output)
+    elif options.merge:
+        print(regrade.merge(options.merge, options.output, request.config(load_defaults).verifier))
+    else:
+        print(regrade.regrade(options.regrade, options.output, request.config(load_defaults).verifier))
+    return True
+
+
+def _perplexity(request: Request) -> None:
+    options = request.options
+    from rethinker_jax.evaluation.results import read_generations
+
+    said = read_generations(options.perplexity).asked["protocol"]
+    keys = ("prompt_template", "max_prompt_tokens", "min_pixels", "max_pixels")
+    prompts = tuple(f"data.{key}={said[key]}" for key in keys)
+    config = _with_model(
+        dataclasses.replace(request, overrides=(*prompts, *request.overrides)).config(load_defaults), options.model
+    )
+    from rethinker_jax.devices import start_jax
+    from rethinker_jax.evaluation.perplexity import perplexity
+
+    start_jax(config)
+    perplexity(options.perplexity, options.data, options.output, config)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    number, slash, count = (text or "0/1").partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"evaluate: --shard {text}: wanted I/N, whole numbers with I below N, as in 0/4 to 3/4")
+    return int(number), int(count)
+
+
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, help="the directory to write")
 
@@ -167,10 +282,15 @@ def _export(request: Request) -> None:
 
 
 def _report(request: Request) -> None:
-    run_dir = _one_path(request, "report", "a run directory")
+    path = _one_path(request, "report", "a run directory, or the result of an evaluation")
+    if path.is_file():
+        from rethinker_jax.evaluation.pages import write_page
+
+        print(write_page(path))
+        return
     from rethinker_jax.report import write_report
 
-    print(write_report(run_dir))
+    print(write_report(path))
 
 
 def _one_path(request: Request, command: str, wanted: str) -> Path:
@@ -247,6 +367,16 @@ COMMANDS: dict[str, Command] = {
         ("verifier",),
         takes_mesh=False,
     ),
+    "evaluate": Command(
+        "a model over a benchmark: accuracy with its interval, pass@k, and all generations",
+        "--model DIR --benchmark NAME [--data PATH] --output FILE [--n N] [options] [section.key=value ...]",
+        "Draws n samples an item by the training sampler, judges them by the training rule and also leniently, and\n"
+        "writes FILE.json, FILE.generations.jsonl and FILE.html. The same command goes on where a killed one ended.\n"
+        "--regrade, --merge, --compare, --table and --export work on files that are there and need no model.",
+        _evaluate,
+        _evaluate_options,
+        ("run", "model", "mesh", "data", "sampling", "verifier", "rethink", "evaluation"),
+    ),
     "export": Command(
         "a run or a checkpoint as a Hugging Face directory",
         "RUN_OR_CHECKPOINT --output DIR",
@@ -256,9 +386,10 @@ COMMANDS: dict[str, Command] = {
         takes_mesh=False,
     ),
     "report": Command(
-        "a run as one HTML page",
-        "RUN",
-        "Writes report.html into the run directory and prints its path: curves, and rollouts with images and verdicts.",
+        "a run, or an evaluation, as one HTML page",
+        "RUN | FILE.json",
+        "Writes report.html into the run directory and prints its path: curves, and rollouts with images and\n"
+        "verdicts. Of a result of `evaluate`, FILE.html beside it: numbers, and generations with the same.",
         _report,
         takes_mesh=False,
     ),

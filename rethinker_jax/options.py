@@ -33,3 +33,22 @@ class ScoreOptions:
     data: str
     output: Path | None
     prompt_template: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """`evaluate`: n completions for every item of a benchmark.
+
+    `data` None is the benchmark's published place; `protocol` "" is its own. `shard` (I, N): of the items by id, those
+    whose number is I modulo N. `force_rethink`: every completion that ends gets a trigger and goes on.
+    """
+
+    model: str
+    benchmark: str
+    data: str | None
+    protocol: str
+    output: Path
+    n: int
+    seed: int
+    shard: tuple[int, int] = (0, 1)
+    force_rethink: bool = False

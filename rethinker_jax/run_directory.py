@@ -4,13 +4,9 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import tempfile
-from collections.abc import Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Generator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +14,9 @@ from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config, save_config
 from rethinker_jax.errors import UserError
 from rethinker_jax.metrics import plain
+from rethinker_jax.output_files import hash_of as hash_of
+from rethinker_jax.output_files import versions as versions
+from rethinker_jax.output_files import write_whole as write_whole
 from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
 
@@ -168,13 +167,6 @@ def _sample(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there, so that no reader sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def hold(directory: Path) -> Generator[None]:
     """Hold a directory alone; made if need be, and removed again if nothing was put into it.
@@ -205,44 +197,9 @@ def hold(directory: Path) -> Generator[None]:
                 directory.rmdir()
 
 
-def check_writable(output: Path, option: str) -> None:
-    """Raises UserError where `output` could not be written, before time is spent on what would stand there."""
-    if output.exists() and not output.is_file():
-        raise UserError(f"{option} {output} is not a regular file. Name another, or leave it out for standard output.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
-    except OSError as error:
-        raise UserError(f"{option} {output}: cannot be written ({error.strerror}). Name another place.") from error
-
-
-def hash_of(rows: Iterable[object]) -> str:
-    """Hash of rows in their order, by their repr: tells whether a run goes on with the data with which it began."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def _flat(config: Config) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
         for section, values in dataclasses.asdict(config).items()
         for key, value in values.items()
     }
-
-
-def versions() -> dict[str, Any]:
-    """Commit and versions, for summary and manifest. The commit is the code's, where it lies in a git checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    names = ("rethinker_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"commit": commit, "versions": found | {"python": platform.python_version()}}

@@ -7,13 +7,24 @@ import rethinker_jax
 
 ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
-    {"__init__", "types", "config", "errors", "options"}
+    {"__init__", "types", "config", "errors", "options", "output_files"}
     | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping"},
     {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
     | {"console", "metrics"},
     {"devices", "models"},
     {"sampling", "training"},
-    {"system", "rollout", "experience", "evaluate", "step_metrics", "run_directory", "sft", "sample", "export"},
+    {
+        "system",
+        "rollout",
+        "experience",
+        "evaluate",
+        "evaluation",
+        "step_metrics",
+        "run_directory",
+        "sft",
+        "sample",
+        "export",
+    },
     {"loop", "pipeline"},
     {"commands", "main"},
 )

@@ -92,17 +92,34 @@ def _draw_charts(run: Run) -> _Charts:
     )
 
 
-def _render(run: Run, charts: _Charts, subset: Subset) -> bytes:
+def fill_template(name: str, payload: Mapping[str, Any], **fields: Any) -> bytes:
+    """A page of this package with its style, script and data inside, as UTF-8."""
     files = resources.files("rethinker_jax.report")
-    names = ("style.css", "page.html", "app.js", "rollouts.js")
-    style, page, *scripts = (files.joinpath(name).read_text("utf-8") for name in names)
+    names = ("style.css", name, "rollouts.html", "app.js", "rollouts.js")
+    style, page, rollouts, *scripts = (files.joinpath(one).read_text("utf-8") for one in names)
     script = "\n".join(scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.DictLoader({name: page, "rollouts.html": rollouts}), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    html = environment.get_template(name).render(
+        **fields, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}",
+        data=Markup(script_json(payload)),
+    )  # fmt: skip
+    return html.encode("utf-8", errors="backslashreplace")
+
+
+def cut(text: str) -> str:
+    """As much of a text as a page shows."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}\n… ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def _render(run: Run, charts: _Charts, subset: Subset) -> bytes:
     drawn = [chart for chart in (charts.hero, *charts.named, *charts.rest) if chart is not None]
-    html = environment.from_string(page).render(
+    return fill_template(
+        "page.html",
+        _payload(charts, subset, drawn),
         run=run,
         status=_status(run),
         facts=_facts(run),
@@ -111,14 +128,9 @@ def _render(run: Run, charts: _Charts, subset: Subset) -> bytes:
         charts=charts,
         subset=subset,
         sources=sorted({group.source for chosen in subset.files for group in chosen.groups if group.source}),
-        config_text=_cut(run.config_text),
-        summary_text=_cut(json.dumps(run.summary, indent=2, ensure_ascii=False)) if run.summary else "",
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",
-        data=Markup(script_json(_payload(charts, subset, drawn))),
+        config_text=cut(run.config_text),
+        summary_text=cut(json.dumps(run.summary, indent=2, ensure_ascii=False)) if run.summary else "",
     )
-    return html.encode("utf-8", errors="backslashreplace")
 
 
 def _payload(charts: _Charts, subset: Subset, drawn: list[Chart]) -> dict[str, Any]:
@@ -137,10 +149,6 @@ def _payload(charts: _Charts, subset: Subset, drawn: list[Chart]) -> dict[str, A
         ],
         "images": {key: dataclasses.asdict(image) for key, image in subset.images.items()},
     }
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}\n… ({len(text) - MAX_TEXT:,} more characters)"
 
 
 def _status(run: Run) -> dict[str, str]:

@@ -1,0 +1,216 @@
+"""`main evaluate`: draws what is not there yet, judges it, and writes the numbers at the end."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rethinker_jax.benchmarks.protocols import Protocol, find_protocol
+from rethinker_jax.benchmarks.record_files import decode_record
+from rethinker_jax.benchmarks.records import Record
+from rethinker_jax.config import Config
+from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.evaluation.asks import Ask, asks_hash, asks_of, headline_of, read_items
+from rethinker_jax.evaluation.generate import Drawing
+from rethinker_jax.evaluation.judging import Judging, judge_identity
+from rethinker_jax.evaluation.listener import Listener
+from rethinker_jax.evaluation.pages import write_page_of
+from rethinker_jax.evaluation.results import (
+    Generations,
+    LeftOut,
+    paths_of,
+    write_generations,
+    write_result,
+)
+from rethinker_jax.evaluation.trained import Trained, companions_hash, find_model, load_trained, weights_hash
+from rethinker_jax.models.precision import resolve_dtype
+from rethinker_jax.models.qwen_config import read_config
+from rethinker_jax.options import EvaluateOptions
+from rethinker_jax.output_files import (
+    Row,
+    appending,
+    asked_path,
+    check_asked,
+    check_writable,
+    finished_lines,
+    versions,
+)
+from rethinker_jax.prompts.images import ImageSettings
+from rethinker_jax.prompts.template import prompt_template
+from rethinker_jax.stopping import listening
+from rethinker_jax.verify.pool import VerifierPool
+
+# What says how fast completions are drawn, not which.
+NOT_ASKED = ("num_slots", "steps_per_call", "prefill_tokens", "cache_gib")
+
+
+def evaluate(options: EvaluateOptions, config: Config) -> Path:
+    """Draw, judge and write; returns the path of the result, or of a shard's generations. Raises UserError, Stopped.
+
+    A file of generations that exists is gone on with: items that have all their samples there are judged again, which
+    is cheap, and not drawn again.
+    """
+    if jax.process_count() > 1:
+        raise UserError("evaluate: wanted one process; give each its part by --shard I/N and join them by --merge")
+    protocol = find_protocol(options.protocol)
+    found = read_items(options.benchmark, options.data, config)
+    asks = asks_of(found.items, protocol)
+    mine = asks[options.shard[0] :: options.shard[1]]
+    if not mine:
+        raise UserError(
+            f"{options.benchmark}: nothing to ask: of {len(found.items)} items the protocol {protocol.name} keeps "
+            f"{len(asks)}, and shard {options.shard[0]}/{options.shard[1]} has none of them."
+        )
+    trained = find_model(config)
+    paths = paths_of(options.output, options.shard)
+    check_writable(paths.generations, "--output")
+    check_writable(paths.result, "--output")
+    asked = _asked(options, trained, protocol, asks, len(found.items))
+    if _begun(paths.generations) and not asked_path(paths.generations).is_file():
+        raise UserError(
+            f"--output: {paths.generations} is there without {asked_path(paths.generations).name}, which says what "
+            "made it. Put that file back, or name another output."
+        )
+    check_asked(paths.generations, asked)
+    kept = finished_lines(paths.generations, options.n, "evaluate")
+    missing = [LeftOut("", row.where, row.kind, row.why) for row in found.bad_rows]
+    missing += _known_left_out(paths.generations)
+    done = {*kept, *(one.id for one in missing)}
+    left = [ask for ask in mine if ask.problem.id not in done]
+    listener = Listener(options.benchmark, len(mine), len(mine) - len(left), frozenset(kept), missing)
+    with VerifierPool(config.verifier) as pool:
+        judging = Judging(pool, protocol.extraction)
+        judging.submit([_kept_record(line, paths.generations) for lines in kept.values() for line in lines])
+        with appending(paths.generations, kept, asked) as file, listener.shown:
+            listener.file = file
+            _draw(options, trained, left, min(_batch_size(config, options.n), len(mine)), judging, listener)
+        if not listener.found:
+            raise UserError(f"{options.benchmark}: no item could be used; see above.")
+        judge = judge_identity(config.verifier)
+        judged = Generations(tuple(listener.found), asked, tuple(listener.missing), judge)
+        write_generations(paths.generations, judged)
+        if options.shard[1] > 1:
+            return paths.generations
+        result = write_result(paths.result, judged, pool)
+    write_page_of(paths.result, judged.records, mine)
+    _say_numbers(result)
+    return paths.result
+
+
+def _draw(
+    options: EvaluateOptions, trained: Trained, asks: Sequence[Ask], size: int, judging: Judging, listener: Listener
+) -> None:
+    """Draws `size` items at a time, until all are drawn or the process is asked to stop (Stopped)."""
+    try:
+        with listening() as listener.stop:
+            if asks:
+                system, params = load_trained(trained)
+                params = system.sampling_params(params)
+                drawing = Drawing(trained.config, options.n, options.seed, options.force_rethink, size)
+                drawing.run(system, params, asks, judging, listener)
+            listener.records(judging.ready(wait=True))
+    except Stopped as stopped:
+        raise Stopped(
+            f"stopped after {len(listener.found)} completions; the whole items among them are kept, and the same "
+            "command goes on from there",
+            stopped.exit_code,
+        ) from stopped
+
+
+def _batch_size(config: Config, n: int) -> int:
+    """Items that are drawn together; of many samples an item, no more completions than an evaluation in a run has."""
+    settings = config.evaluation
+    return min(settings.batch_size, max(1, settings.batch_size * settings.samples_per_problem // n))
+
+
+def _asked(options: EvaluateOptions, trained: Trained, protocol: Protocol, asks: Sequence[Ask], num_read: int) -> Row:
+    """What the generations depend on, all of which stands in the result."""
+    headline, macro_over = headline_of(options.benchmark)
+    dtype = resolve_dtype(trained.config.model.dtype, read_config(trained.directory).dtype)
+    asked = {
+        "benchmark": options.benchmark,
+        "protocol": _protocol(options, trained, protocol),
+        "headline": headline,
+        "macro_over": macro_over,
+        "data": options.data,
+        "image_root": trained.config.data.image_root,
+        "items": asks_hash(asks),
+        "num_items": len(asks),
+        "num_not_measured": num_read - len(asks),
+        "shard": options.shard,
+        "n": options.n,
+        "seed": options.seed,
+        "model": options.model,
+        "step": trained.step if trained.run is not None else None,
+        "weights": weights_hash(trained),
+        "companions": companions_hash(trained),
+        "dtype": np.dtype(dtype).name,
+        "device": jax.devices()[0].device_kind,
+        **versions(),
+    }
+    return json.loads(json.dumps(asked))  # tuples are lists in the file
+
+
+def _protocol(options: EvaluateOptions, trained: Trained, protocol: Protocol) -> Row:
+    """How the model is asked: the protocol, with what the command line changed of it."""
+    config = trained.config
+    images = ImageSettings.from_directory(trained.directory, config.data.min_pixels, config.data.max_pixels)
+    sampling = {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in NOT_ASKED}
+    rethinking = dataclasses.asdict(config.rethink)
+    keys = ("triggers", "odds", "temperature", "max_new_tokens")
+    template = prompt_template(config.data.prompt_template)
+    return {
+        "name": protocol.name,
+        **{key: sampling.pop(key) for key in ("temperature", "top_p", "top_k", "max_new_tokens")},
+        "other_sampling": sampling,
+        "min_pixels": images.min_pixels,
+        "max_pixels": images.max_pixels,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "prompt_template": config.data.prompt_template,
+        "prompt": {
+            "wording": protocol.wording,
+            "images": protocol.images,
+            "behind_the_question": protocol.suffix,
+            "template": template.text,
+        },
+        "keep": protocol.keep,
+        "extraction": protocol.extraction,
+        "force_rethink": {key: rethinking[key] for key in keys} if options.force_rethink else None,
+    }
+
+
+def _kept_record(line: bytes, path: Path) -> Record:
+    try:
+        return decode_record(line)
+    except ValueError as error:
+        raise UserError(
+            f"--output: {path} holds a line that is no judged generation ({error}). Name another file."
+        ) from error
+
+
+def _known_left_out(generations: Path) -> list[LeftOut]:
+    """Items of a finished file of the same request that could not be drawn; trying again would tell nothing new."""
+    path = asked_path(generations)
+    if not path.is_file() or not _begun(generations):
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8")).get("left_out", [])
+    return [found for found in (LeftOut(**row) for row in rows) if found.id]
+
+
+def _begun(generations: Path) -> bool:
+    return generations.is_file() and generations.stat().st_size > 0
+
+
+def _say_numbers(result: Row) -> None:
+    """One line for people, on standard error; the path of the result goes to standard output."""
+    accuracy, lenient = result["accuracy"], result["lenient_accuracy"]
+    print(
+        f"{result['benchmark']}: accuracy {100 * accuracy['value']:.1f}% [{100 * accuracy['low']:.1f}, "
+        f"{100 * accuracy['high']:.1f}], lenient {100 * lenient['value']:.1f}%, {result['num_problems']} problems x "
+        f"{result['num_samples']}, {result['num_left_out']} left out",
+        file=sys.stderr,
+    )
