@@ -288,28 +288,40 @@ def _pick(table: Int[Array, "slots width"], column: Int[Array, " slots"]) -> Int
 
 
 def resize(places: Places, length: int, state: LoopState) -> LoopState:
-    """The state with a longer ring, its oldest column first. The clock of every shard becomes the old length."""
-    clock, ring = _lengthen(places, length, state.clock, state.slots.ring)
-    return dataclasses.replace(state, clock=clock, slots=dataclasses.replace(state.slots, ring=ring))
+    """The state with a longer ring, its oldest column first. The clock of every shard becomes the old length.
+
+    Layer by layer, and `state` is taken over: a second ring is never there as a whole.
+    """
+    old = state.slots.ring[0][0].shape[-1]
+    ring = []
+    for layer in state.slots.ring:
+        ring.append(_lengthen(places, length, state.clock, layer))
+        for array in layer:
+            array.delete()
+    slots = dataclasses.replace(state.slots, ring=ring)
+    return dataclasses.replace(state, clock=_set_clock(places, old, state.clock), slots=slots)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _lengthen(
-    places: Places, length: int, clock: Int[Array, " shards"], ring: Caches
-) -> tuple[Int[Array, " shards"], Caches]:
-    old = ring[0][0].shape[-1]
+def _lengthen(places: Places, length: int, clock: Int[Array, " shards"], layer: LayerCache) -> LayerCache:
+    old = layer[0].shape[-1]
 
-    def shard(clock: jax.Array, ring: Caches) -> Caches:
+    def shard(clock: jax.Array, layer: LayerCache) -> LayerCache:
         def one(array: jax.Array, axis: int) -> jax.Array:
             turned = jnp.roll(array, -(clock[0] % old), axis=axis)
             return jnp.pad(turned, [(0, length - old if place == axis else 0) for place in range(4)])
 
-        return [(one(keys, 3), one(values, 2)) for keys, values in ring]
+        return one(layer[0], 3), one(layer[1], 2)
 
     shards = jax.shard_map(
         shard, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
     )
-    return places.put_rows(jnp.full_like(clock, old)), places.put_caches(shards(clock, ring))
+    return places.put_caches(shards(clock, layer))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _set_clock(places: Places, value: int, clock: Int[Array, " shards"]) -> Int[Array, " shards"]:
+    return places.put_rows(jnp.full_like(clock, value))
 
 
 __all__ = ["Sizes", "begin", "resize", "run"]

@@ -17,7 +17,7 @@ class CacheNeeds:
     """What is asked for, in tokens and in bytes of one token's keys and values on one device.
 
     wave_rows: prompts that may be prefilled together, by other bounds. kept_tokens: of first responses whose caches
-    outlive their slot, in all `kept_rows` rows; 0 = none.
+    outlive their slot, in all `kept_rows` rows; 0 = none. prefilled: the prompts' caches are there already.
     """
 
     bytes_per_token: int
@@ -29,17 +29,19 @@ class CacheNeeds:
     wave_rows: int
     kept_rows: int = 0
     kept_tokens: int = 0
+    prefilled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """What there is room for. `bytes_per_device` is what it takes at most."""
+    """What there is room for. It takes at most `bytes_per_device`, of which `kept_bytes` outlive the call."""
 
     num_slots: int
     wave_rows: int
     keep_responses: bool
     keep_prompts: bool
     bytes_per_device: int
+    kept_bytes: int = 0
 
 
 def plan_caches(needs: CacheNeeds, room: int) -> CachePlan:
@@ -50,6 +52,7 @@ def plan_caches(needs: CacheNeeds, room: int) -> CachePlan:
     size, shards = needs.bytes_per_token, needs.shards
     shared = needs.num_prompts < shards
     prompt, slot = size * needs.prompt_tokens, size * (needs.prompt_tokens + needs.new_tokens)
+    prompt = 0 if needs.prefilled else prompt
     least_prompts = needs.num_prompts if shared else 1
     least = slot + least_prompts * prompt
     if least > room:
@@ -63,7 +66,7 @@ def plan_caches(needs: CacheNeeds, room: int) -> CachePlan:
     slots = min(asked, (room - least_prompts * prompt) // slot)
     left = room - slots * slot
     in_all = needs.num_prompts if shared else -(-needs.num_prompts // shards)
-    wave = in_all if shared else max(1, min(in_all, needs.wave_rows // shards, left // prompt))
+    wave = in_all if shared else max(1, min(in_all, needs.wave_rows // shards, left // max(prompt, 1)))
     wave = wave if shared else -(-in_all // -(-in_all // wave))  # waves of one size, the last one not much smaller
     keep_prompts = in_all * prompt <= left
     left -= (in_all if keep_prompts else wave) * prompt
@@ -71,16 +74,20 @@ def plan_caches(needs: CacheNeeds, room: int) -> CachePlan:
     keep_responses = 0 < kept <= left
     if not needs.kept_tokens:
         keep_prompts = False
-    taken = slots * slot + (in_all if keep_prompts else wave) * prompt + (kept if keep_responses else 0)
-    return CachePlan(slots * shards, wave if shared else wave * shards, keep_responses, keep_prompts, taken)
+    outlives = (in_all * prompt if keep_prompts else 0) + (kept if keep_responses else 0)
+    taken = slots * slot + (0 if keep_prompts else wave * prompt) + outlives
+    return CachePlan(slots * shards, wave if shared else wave * shards, keep_responses, keep_prompts, taken, outlives)
 
 
-def room_for_caches(device: jax.Device, gib: float) -> int:
-    """Bytes of one device that caches may take: `gib` if it is not 0, else most of what is free now."""
+def room_for_caches(device: jax.Device, gib: float, held: int) -> int:
+    """Bytes of one device that caches may take: of `gib` if it is not 0, else most of what is free now.
+
+    held: bytes of caches that the call before has left there.
+    """
     if gib:
-        return int(gib * GIB)
+        return int(gib * GIB) - held
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(HOST_SHARE * memory / jax.local_device_count())
+    return int(HOST_SHARE * memory / jax.local_device_count()) - held

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from rethinker_jax.config import SamplingConfig
 from rethinker_jax.sampling.caches import Caches
 from rethinker_jax.sampling.slots import Prompts
 from rethinker_jax.types import FIRST, Completion, Prompt
@@ -89,6 +90,7 @@ class Kept:
     """Caches of one call for the next: its prompts, and the first responses by (prompt, sample).
 
     Empty it asks `generate` to fill it, as far as there is room; a filled one is what `Request.resume` reads from.
+    bytes_per_device: of what it holds.
     """
 
     max_tokens: int  # longer first responses will not be resumed
@@ -97,7 +99,19 @@ class Kept:
     wave_rows: int = 0
     caches: Caches | None = None
     row_of: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    bytes_per_device: int = 0
 
     @property
     def filled(self) -> bool:
         return bool(self.prompts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The arguments of one call of the sampler. `name` is (seed, step)."""
+
+    requests: tuple[Request, ...]
+    settings: SamplingConfig
+    budgets: Budgets
+    name: tuple[int, int]
+    second_temperature: float

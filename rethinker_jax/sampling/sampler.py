@@ -21,18 +21,17 @@ from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry, bucket, choose_bucket
 from rethinker_jax.sampling import decode, slots
 from rethinker_jax.sampling.caches import Caches
-from rethinker_jax.sampling.choose import request_keys
 from rethinker_jax.sampling.completions import Drawn, Reader
 from rethinker_jax.sampling.memory import CacheNeeds, CachePlan, plan_caches, room_for_caches
 from rethinker_jax.sampling.prefill import kv_copies, prefill, prefill_responses
-from rethinker_jax.sampling.requests import Budgets, Counters, Kept, Request
+from rethinker_jax.sampling.requests import Asked, Budgets, Counters, Kept, Request
 from rethinker_jax.sampling.schedule import make_schedule
+from rethinker_jax.sampling.tables import drawing_rules, request_table
 from rethinker_jax.types import TRIGGER
 
 __all__ = ["Budgets", "Counters", "Drawn", "Kept", "Request", "Sampler"]
 
 BLOCK = 16  # completions that are fetched together: one compiled copy serves any number of them
-NONE = np.zeros(0, np.float32)
 Copies = list[tuple[list[int], slots.Outputs]]
 
 
@@ -77,7 +76,7 @@ class Sampler:
         for prompt in {id(request.prompt): request.prompt for request in requests}.values():
             if prompt.image_index[-1] >= 0:
                 raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
-        asked = _Asked(tuple(requests), settings, budgets, (seed, step), second_temperature)
+        asked = Asked(tuple(requests), settings, budgets, (seed, step), second_temperature)
         call = _Call(self, params, asked, kept, num_prompts, num_requests)
         drawn: dict[int, Drawn] = {}
         call.go_on()
@@ -94,17 +93,6 @@ class Sampler:
         return [drawn[number] for number in range(len(requests))], call.counters()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The arguments of one call. `name` is (seed, step)."""
-
-    requests: tuple[Request, ...]
-    settings: SamplingConfig
-    budgets: Budgets
-    name: tuple[int, int]
-    second_temperature: float
-
-
 class _Call:
     """One call of `generate` under way: where the requests lie on the device, and what the host knows of it."""
 
@@ -112,7 +100,7 @@ class _Call:
         self,
         sampler: Sampler,
         params: Params,
-        asked: _Asked,
+        asked: Asked,
         kept: Kept | None,
         num_prompts: int | None,
         num_requests: int | None,
@@ -141,9 +129,9 @@ class _Call:
 
         self.places = slots.Places(sampler.mesh, self.schedule.shared, self._tensor_divides())
         self.reader = Reader(sampler.tokenizer, asked.settings.stop_strings)
-        self.rules = _rules(sampler, asked.settings)
-        self.resuming = any(request.num_resumed for request in requests)
-        self.device_requests = self._requests()
+        self.rules = drawing_rules(sampler.model.config.vocab, sampler.never, sampler.end_ids, asked.settings)
+        self.num_resumed = self._num_resumed()
+        self.device_requests = request_table(asked, self.schedule, self.num_resumed, self._resumed_from())
         self.num_images = self.num_prefilled = self.read_tokens = self.fed_tokens = self.slot_steps = 0
         self.fills: list[tuple[int, int, float]] = []
         self.waves: list[slots.Prompts] = []
@@ -164,13 +152,10 @@ class _Call:
         return config.kv_heads * kv_copies(config, mesh) % mesh.shape["tensor"] == 0
 
     def _plan(self, rows: int, num_requests: int) -> CachePlan:
-        config, mesh, settings = self.sampler.model.config, self.sampler.mesh, self.asked.settings
-        heads = config.kv_heads * kv_copies(config, mesh) // (mesh.shape["tensor"] if self._tensor_divides() else 1)
-        itemsize = self.params["text"]["embedding"].dtype.itemsize
-        filling = self.kept is not None and not self.reusing
-        kept_tokens = min(self.asked.budgets.first, self.kept.max_tokens) if self.kept is not None and filling else 0
+        settings, kept = self.asked.settings, self.kept
+        kept_tokens = min(self.asked.budgets.first, kept.max_tokens) if kept is not None and not self.reusing else 0
         needs = CacheNeeds(
-            bytes_per_token=config.layers * 2 * heads * config.head_dim * itemsize,
+            bytes_per_token=self._bytes_per_token(),
             shards=self.shards,
             num_slots=min(settings.num_slots or num_requests, num_requests),
             prompt_tokens=self.prompt_tokens,
@@ -179,12 +164,37 @@ class _Call:
             wave_rows=max(1, settings.prefill_tokens // self.prompt_tokens) * self.shards,
             kept_rows=num_requests,
             kept_tokens=kept_tokens,
+            prefilled=kept is not None and bool(kept.waves),
         )
-        return plan_caches(needs, room_for_caches(mesh.local_devices[0], settings.cache_gib))
+        held = kept.bytes_per_device if kept is not None else 0
+        room = room_for_caches(self.sampler.mesh.local_devices[0], settings.cache_gib, held)
+        plan = plan_caches(needs, room)
+        self.room_left = room - plan.bytes_per_device
+        return dataclasses.replace(plan, bytes_per_device=plan.bytes_per_device + held)
+
+    def _bytes_per_token(self) -> int:
+        """Keys and values of one token on one device, all layers."""
+        config, mesh = self.sampler.model.config, self.sampler.mesh
+        heads = config.kv_heads * kv_copies(config, mesh) // (mesh.shape["tensor"] if self._tensor_divides() else 1)
+        return config.layers * 2 * heads * config.head_dim * self.params["text"]["embedding"].dtype.itemsize
+
+    def _num_resumed(self) -> list[int]:
+        """Of each request, the tokens whose caches are there, or will be read in one chunk; none where no room is."""
+        wanted, kept = [request.num_resumed for request in self.asked.requests], self.kept
+        if kept is not None and self.reusing and kept.caches is not None:
+            stored = kept.caches[0][0].shape[-1]
+            known = [(id(request.prompt), request.sample) in kept.row_of for request in self.asked.requests]
+            return [min(count, stored) if there else 0 for count, there in zip(wanted, known, strict=True)]
+        read = self._bytes_per_token() * self._read_width(wanted) * self.schedule.wave_queue
+        return wanted if read <= self.room_left else [0] * len(wanted)
+
+    def _read_width(self, resumed: Sequence[int]) -> int:
+        """Columns of a store that holds so many tokens of first responses."""
+        return min(bucket(max(resumed), 32), self.asked.budgets.total) if any(resumed) else 0
 
     def _first_ring(self) -> int:
         """Columns that the first turn wants, and all that is resumed."""
-        resumed = max((len(request.prefix_ids) for request in self.asked.requests if request.num_resumed), default=0)
+        resumed = max(self.num_resumed)
         stored = self.resumed[0][0].shape[-1] if self.resumed is not None else 0
         return max(self._ring_for(resumed + self.asked.settings.steps_per_call), stored)
 
@@ -197,6 +207,7 @@ class _Call:
     def _next_wave(self) -> None:
         """Prefill the next wave of prompts, or take it from the call before, and what of its requests is resumed."""
         self.wave += 1
+        self.prefilled = self.resumed = None  # frees them before what comes next is made
         kept = self.kept
         if kept is not None and self.reusing and kept.waves:
             self.prefilled = kept.waves[self.wave]
@@ -204,8 +215,7 @@ class _Call:
             self.prefilled = self._prefill(self.schedule.waves[self.wave])
             if self.plan.keep_prompts:
                 self.waves.append(self.prefilled)
-        self.resumed = None
-        if self.resuming:
+        if any(self.num_resumed):
             stored = kept.caches if kept is not None and self.reusing else None
             self.resumed = stored if stored is not None else self._read_responses()
 
@@ -239,8 +249,8 @@ class _Call:
         """Caches of what the requests of this wave resume, each response in one chunk behind its prompt."""
         schedule = self.schedule
         mine = np.flatnonzero(schedule.wave_of == self.wave)
-        counts = [self.asked.requests[number].num_resumed for number in mine]
-        width = min(bucket(self._resumed_width(), 32), self.asked.budgets.total)
+        counts = [self.num_resumed[number] for number in mine]
+        width = self._read_width(self.num_resumed)
         rows = self.shards * schedule.wave_queue
         token_ids, prompt_of = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for number, count in zip(mine, counts, strict=True):
@@ -255,9 +265,6 @@ class _Call:
         return prefill_responses(
             self.sampler.model, self.places, self.params, self.prefilled, prompt_of, token_ids, block
         )
-
-    def _resumed_width(self) -> int:
-        return max(request.num_resumed for request in self.asked.requests)
 
     def go_on(self) -> None:
         """Send the device on its way: the next wave where it is wanted, a longer ring where one may be."""
@@ -317,7 +324,7 @@ class _Call:
                 request = self.asked.requests[number]
                 drawn = self.reader.read(host, place, len(request.prefix_ids))
                 inserted = (drawn.completion.segments == TRIGGER).sum()
-                fed = len(request.prefix_ids) - request.num_resumed
+                fed = len(request.prefix_ids) - self.num_resumed[number]
                 self.fed_tokens += int(fed if len(request.prefix_ids) else inserted)
                 found.append((number, drawn))
         return found
@@ -328,7 +335,7 @@ class _Call:
         if kept is None or self.reusing:
             return
         kept.prompts, kept.waves, kept.wave_rows = self.prompts, self.waves, self.plan.wave_rows
-        kept.caches = self.state.kept
+        kept.caches, kept.bytes_per_device = self.state.kept, self.plan.kept_bytes
         kept.row_of = {
             (id(request.prompt), request.sample): int(row % self.schedule.queue)
             for request, row in zip(self.asked.requests, self.schedule.row_of, strict=True)
@@ -353,65 +360,12 @@ class _Call:
             cache_bytes=self.plan.bytes_per_device,
         )
 
-    def _requests(self) -> slots.Requests:
-        """The requests as the device wants them, each in its row."""
-        asked, schedule = self.asked, self.schedule
-        requests, budgets = asked.requests, asked.budgets
-
-        def column(values: Sequence[Any] | np.ndarray, dtype: Any = np.int32) -> np.ndarray:
-            values = np.asarray(values, dtype)
-            out = np.zeros((schedule.num_rows, *values.shape[1:]), dtype)
-            out[schedule.row_of] = values
-            return out
-
-        def table(rows: Sequence[np.ndarray], width: int, dtype: Any = np.int32) -> np.ndarray:
-            out = np.zeros((schedule.num_rows, max(width, 1)), dtype)
-            for row, values in zip(schedule.row_of, rows, strict=True):
-                out[row, : len(values)] = values[:width]
-            return out
-
-        resumed = [request.num_resumed for request in requests]
-        first = [one.resume for one in requests]
-        logs = [None if one is None else (one.log_probs, one.truncated_log_probs) for one in first]
-        none = np.zeros(0, np.float32)
-        log_probs = [none if one is None else one[0][:n] for one, n in zip(logs, resumed, strict=True)]
-        truncated = [
-            none if one is None or one[1] is None else one[1][:n] for one, n in zip(logs, resumed, strict=True)
-        ]
-        seeds = [np.uint32((asked.name[0] if one.seed is None else one.seed) & 0xFFFFFFFF) for one in requests]
-        hashes = column([request.prompt.problem.stable_hash for request in requests])
-        samples = column([request.sample for request in requests])
-        budget = [budgets.first if one.budget is None else min(one.budget, budgets.first) for one in requests]
-        width = budgets.prefix_width
-        count = len(requests)
-        return slots.Requests(
-            prompt=column(schedule.prompt_row),
-            key=_keys(column(seeds, np.uint32), np.uint32(asked.name[1] & 0xFFFFFFFF), hashes, samples),
-            budget=column(budget),
-            prefix_ids=table([request.prefix_ids for request in requests], width),
-            prefix_segments=table([request.prefix_segments for request in requests], width),
-            prefix_length=column([len(request.prefix_ids) for request in requests]),
-            resumed=column(resumed),
-            resumed_from=column(self._resumed_from()),
-            resumed_log_probs=table(log_probs, width, np.float32),
-            resumed_truncated=table(truncated, width, np.float32),
-            trigger_ids=table([request.trigger_ids for request in requests], budgets.trigger_width),
-            trigger_length=column([len(request.trigger_ids) for request in requests]),
-            max_first=column(np.full(count, budgets.max_first)),
-            second_budget=column(np.full(count, budgets.second)),
-            temperature=column(np.full(count, asked.settings.temperature), np.float32),
-            second_temperature=column(np.full(count, asked.second_temperature), np.float32),
-        )
-
     def _resumed_from(self) -> np.ndarray:
         kept = self.kept
         if kept is None or not self.reusing or kept.caches is None:
             return self.schedule.wave_place
         rows = [kept.row_of.get((id(one.prompt), one.sample), 0) for one in self.asked.requests]
         return np.array(rows, np.int64)
-
-
-_keys = jax.jit(request_keys)
 
 
 class _Look(NamedTuple):
@@ -432,14 +386,3 @@ def _look(state: slots.LoopState) -> _Look:
 @jax.jit
 def _rows_of(outputs: slots.Outputs, rows: jax.Array) -> slots.Outputs:
     return jax.tree.map(lambda array: array[rows], outputs)
-
-
-def _rules(sampler: Sampler, settings: SamplingConfig) -> slots.Rules:
-    vocab = sampler.model.config.vocab
-    allowed, ends = np.ones(vocab, bool), np.zeros(vocab, bool)
-    allowed[sampler.never] = False
-    ends[list(sampler.end_ids)] = not settings.ignore_eos
-    if settings.ignore_eos:
-        allowed[list(sampler.end_ids)] = False
-    top_k, top_p, min_p = np.int32(settings.top_k), np.float32(settings.top_p), np.float32(settings.min_p)
-    return slots.Rules(allowed, ends, top_k, top_p, min_p)
