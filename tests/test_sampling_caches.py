@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,10 +127,12 @@ def test_truncated_log_probs(loaded: Loaded) -> None:
 CONTINUED = Budgets(first=NEW, second=SECOND_LOOK, prefix_width=NEW + 4)
 
 
-def continued(loaded: Loaded, firsts: Sequence[Drawn], resume: bool, cut: int = 0) -> list[Request]:
+def continued(
+    loaded: Loaded, firsts: Sequence[Drawn], resume: bool, cut: int = 0, requests: Sequence[Request] | None = None
+) -> list[Request]:
     """Requests that go on from their first responses, the last `cut` tokens of these replaced by another."""
     found = []
-    for request, one in zip(loaded.requests, firsts, strict=True):
+    for request, one in zip(loaded.requests if requests is None else requests, firsts, strict=True):
         prefix = one.completion.token_ids[:-1].copy()
         if cut and len(prefix) > cut:
             prefix = np.append(prefix[:-cut], loaded.trigger[0]).astype(np.int32)
@@ -193,13 +196,19 @@ def test_a_second_pass_over_some_samples(loaded: Loaded) -> None:
     assert counters.prompts == 0 and counters.read_tokens == sum(request.num_resumed for request in requests)
 
 
-def test_stop_strings_leave_their_caches_too(loaded: Loaded) -> None:
-    """A completion that the host stopped is resumed from a cache that was kept when its slot was freed."""
+@pytest.mark.parametrize("count", [24, 1])
+def test_stop_strings_leave_their_caches_too(loaded: Loaded, count: int) -> None:
+    """A completion that the host stopped is resumed from a cache that was kept when its slot was freed.
+
+    With one request nothing else is left to draw when it is stopped: catches a loop that is not run once more.
+    """
+    requests, kept = loaded.requests[:count], Kept(NEW)
     text = loaded.free[0].text
-    kept = Kept(NEW)
-    options = {"stop_strings": (text[len(text) // 2 :][:2],), "steps_per_call": 3}
-    firsts, _ = loaded.generate(ends=(), kept=kept, **options)
-    assert any(one.completion.finish_reason == "stop_string" for one in firsts)
-    fed, _ = second_looks(loaded, firsts, resume=False)
-    found, _ = second_looks(loaded, firsts, resume=True, kept=kept)
+    options: dict[str, Any] = {"stop_strings": (text[len(text) // 2 :][:2],), "steps_per_call": 3}
+    firsts, _ = loaded.generate(requests, ends=(), kept=kept, **options)
+    assert firsts[0].completion.finish_reason == "stop_string"
+    asked = continued(loaded, firsts, True, requests=requests)
+    fed, _ = loaded.generate(continued(loaded, firsts, False, requests=requests), CONTINUED, ends=loaded.ends)
+    found, counters = loaded.generate(asked, CONTINUED, ends=loaded.ends, kept=kept)
+    assert counters.read_tokens == 0 < asked[0].num_resumed
     assert_same([one.completion for one in found], [one.completion for one in fed])

@@ -334,6 +334,8 @@ class _Call:
         kept = self.kept
         if kept is None or self.reusing:
             return
+        if self.stopped.any():
+            self.go_on()  # frees the slots that the last look stopped, and keeps their caches; nothing else is left
         kept.prompts, kept.waves, kept.wave_rows = self.prompts, self.waves, self.plan.wave_rows
         kept.caches, kept.bytes_per_device = self.state.kept, self.plan.kept_bytes
         kept.row_of = {
