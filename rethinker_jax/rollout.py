@@ -99,8 +99,7 @@ def roll_out(
             second = SecondPass(counters_of_second, time.monotonic() - began_at)
     groups = []
     for place, (row, prompt) in enumerate(prompts):
-        kept = keep(rollouts[place * n : (place + 1) * n], config)
-        groups.append(Group(row, prompt, kept))
+        groups.append(Group(row, prompt, keep(rollouts[place * n : (place + 1) * n], config)))
     return Rolled(groups, counters, seconds_waited, second)
 
 
@@ -190,13 +189,15 @@ def _second_pass(
         )
     if not requests:
         return rollouts, None
-    first = min(config.sampling.max_new_tokens, config.rethink.max_first_tokens)
-    budgets = Budgets(first, config.rethink.max_new_tokens, prefix_width=first + max(map(len, triggers)))
+    first, second = min(config.sampling.max_new_tokens, config.rethink.max_first_tokens), config.rethink.max_new_tokens
+    # Every prefix ends in a trigger, so nothing is drawn of a first response.
+    budgets = Budgets(second, second, prefix_width=first + max(map(len, triggers)))
     drawn, counters = system.sampler.generate(
         params, requests, config.sampling, budgets, seed=config.run.seed, step=step,
         second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
         num_requests=len(rollouts), kept=kept,
     )  # fmt: skip
+    kept.drop()
     prompts = [rollouts[place].prompt for place in places]
     verdicts = scorer.submit([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)]).result()
     rollouts = list(rollouts)

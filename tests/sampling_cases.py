@@ -71,6 +71,7 @@ class Loaded:
         step: int = 0,
         second_temperature: float = 0.9,
         num_prompts: int | None = None,
+        num_requests: int | None = None,
         kept: Kept | None = None,
         ring: int = 256,
         **settings: Any,
@@ -79,7 +80,8 @@ class Loaded:
         ends = sampler.end_ids if ends is None else ends
         return dataclasses.replace(sampler, end_ids=ends, ring=ring).generate(
             self.params, self.requests if requests is None else requests, SamplingConfig(**settings), budgets,
-            seed=seed, step=step, second_temperature=second_temperature, num_prompts=num_prompts, kept=kept,
+            seed=seed, step=step, second_temperature=second_temperature, num_prompts=num_prompts,
+            num_requests=num_requests, kept=kept,
         )  # fmt: skip
 
     def draw(self, *args: Any, **options: Any) -> list[Completion]:

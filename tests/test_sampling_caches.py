@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from sampling_cases import (
@@ -63,6 +64,28 @@ def test_a_longer_ring_changes_nothing(loaded: Loaded) -> None:
 def test_a_request_without_room_is_refused(loaded: Loaded) -> None:
     with pytest.raises(UserError, match=r"one completion of 10 tokens behind a prompt of \d+ wants"):
         loaded.generate(cache_gib=1e-6)
+
+
+def test_what_cannot_be_drawn_is_refused(loaded: Loaded) -> None:
+    """Catches a prefix or a trigger that is cut in silence, and a budget of nothing that draws a token."""
+    request, long = loaded.requests[0], np.arange(10, 16, dtype=np.int32)
+    segments = np.zeros(6, np.int32)
+    with pytest.raises(ValueError, match="6 tokens of prefix"):
+        loaded.generate([dataclasses.replace(request, prefix_ids=long, prefix_segments=segments)], Budgets(5))
+    with pytest.raises(ValueError, match="6 of trigger, over prefix_width=0 and trigger_width=4"):
+        loaded.generate([dataclasses.replace(request, trigger_ids=long)], Budgets(5, 5, 5, trigger_width=4))
+    with pytest.raises(ValueError, match="a budget of 0 tokens"):
+        loaded.generate([dataclasses.replace(request, budget=0)])
+    assert loaded.generate([])[0] == []
+
+
+def test_an_image_is_encoded_once_over_waves(loaded: Loaded) -> None:
+    """Two prompt objects with one image, and others between them: catches an image that is encoded once a wave."""
+    first = loaded.prompts[0]
+    twin = dataclasses.replace(first, token_ids=first.token_ids.copy())
+    requests = [Request(prompt, 0) for prompt in (*loaded.prompts, twin)]
+    _, counters = loaded.generate(requests, ends=(), prefill_tokens=two_of(loaded))
+    assert (counters.waves, counters.prompts, counters.images) == (4, 7, 7)
 
 
 # --- requests of their own ---
@@ -179,6 +202,45 @@ def test_second_looks_from_kept_caches_and_from_chunks(loaded: Loaded, cut: int)
     for one, wanted in zip(from_kept, trainers, strict=True):
         np.testing.assert_allclose(one.completion.log_probs, wanted, rtol=0, atol=NEAR)
     assert any((one.completion.segments == SECOND).any() for one in from_kept)
+
+
+def test_the_number_of_second_looks_compiles_nothing(loaded: Loaded) -> None:
+    """Catches a store of re-read responses that is as large as what the verdicts chose."""
+    firsts, _ = loaded.generate(ends=loaded.ends, num_slots=5)
+    requests = continued(loaded, firsts, True)
+    compiled: list[str | int] = []
+
+    def note(event: str, duration_secs: float, **names: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(names["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for count in (24, 17, 3):
+            looks, counters = loaded.generate(
+                requests[:count], CONTINUED, ends=loaded.ends, num_prompts=6, num_requests=24, num_slots=6
+            )
+            assert len(looks) == count and counters.read_tokens
+            if count == 24:
+                assert "jit(run)" in compiled
+                compiled.clear()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not {"jit(run)", "jit(prefill_responses)", "jit(prefill)"} & set(compiled)
+
+
+def test_second_looks_find_room(loaded: Loaded) -> None:
+    """Catches a call that is refused for caches which another one left: they make way."""
+    kept = Kept(NEW)
+    firsts, counters = loaded.generate(ends=loaded.ends, kept=kept, num_slots=1)
+    assert kept.bytes_per_device
+    wanted, _ = second_looks(loaded, firsts, resume=False)
+    gib = counters.cache_bytes / 2**30  # exactly what the first call took; a second look is longer
+    found, counters = loaded.generate(
+        continued(loaded, firsts, True), CONTINUED, ends=loaded.ends, kept=kept, num_slots=1, cache_gib=gib
+    )
+    assert counters.prompts == 6 and not kept.bytes_per_device
+    assert_same([one.completion for one in found], [one.completion for one in wanted])
 
 
 def test_a_second_pass_over_some_samples(loaded: Loaded) -> None:

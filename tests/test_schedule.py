@@ -10,31 +10,45 @@ from rethinker_jax.sampling.memory import CacheNeeds, plan_caches
 from rethinker_jax.sampling.schedule import Schedule, make_schedule
 
 
-def schedule_of(prompts: list[int], num_prompts: int, shards: int, wave_rows: int, n: int) -> Schedule:
-    samples = [prompts[:place].count(prompt) for place, prompt in enumerate(prompts)]
-    return make_schedule(prompts, num_prompts, samples, shards=shards, wave_rows=wave_rows, requests_per_prompt=n)
+def schedule_of(
+    prompts: list[int],
+    num_prompts: int,
+    shards: int,
+    wave_rows: int,
+    n: int,
+    images: list[list[int]] | None = None,
+    round_requests: int | None = None,
+) -> Schedule:
+    shared = num_prompts < shards
+    return make_schedule(
+        prompts, num_prompts, shards=shards, shared=shared, wave_rows=num_prompts if shared else wave_rows,
+        requests_per_prompt=n, images_of=images or [[]] * num_prompts, round_requests=round_requests,
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("round_requests", [None, 1, 2])
 @pytest.mark.parametrize("shards, wave_rows", [(1, 1), (1, 5), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)])
-def test_every_request_finds_its_prompt(shards: int, wave_rows: int) -> None:
+def test_every_request_finds_its_prompt(shards: int, wave_rows: int, round_requests: int | None) -> None:
     """Catches a request in a shard that lacks its prompt, or begun before its wave was prefilled."""
     rng = np.random.default_rng(shards * 100 + wave_rows)
     prompts = rng.permutation(np.repeat(np.arange(7), 3)).tolist()
-    found = schedule_of(prompts, 7, shards, wave_rows, 3)
+    found = schedule_of(prompts, 7, shards, wave_rows, 3, round_requests=round_requests)
+    assert found.round_queue <= (round_requests or 21)
     assert sorted(found.row_of) == sorted(set(found.row_of.tolist()))  # one row each
     assert found.shared == (shards == 8)
     rows_a_shard = found.waves.shape[1] if found.shared else found.waves.shape[1] // shards
     for number, prompt in enumerate(prompts):
         shard, place = divmod(int(found.row_of[number]), found.queue)
-        wave = int(found.wave_of[number])
+        turn = int(found.round_of[number])
+        wave = int(found.wave_of[turn])
         row = found.prompt_row[number] + (0 if found.shared else shard * rows_a_shard)
         assert found.waves[wave, row] == prompt
-        begun_before = found.limits[wave - 1, shard] if wave else 0
-        assert begun_before <= place < found.limits[wave, shard]
-        assert found.wave_place[number] == place - begun_before
+        begun_before = found.limits[turn - 1, shard] if turn else 0
+        assert begun_before <= place < found.limits[turn, shard]
+        assert found.round_place[number] == place - begun_before < found.round_queue
     assert found.totals.sum() == len(prompts)
     loads = found.totals
-    assert loads.max() - loads.min() <= 3  # whole prompts go round, so one prompt's samples at most
+    assert loads.max() - loads.min() <= (1 if found.shared else 3)  # whole prompts go round where they are not shared
     assert sorted(found.waves[found.waves >= 0].tolist())[:7] == list(range(7))
 
 
@@ -47,10 +61,27 @@ def test_shapes_hang_on_what_is_announced() -> None:
 
 
 def test_a_sample_stays_in_its_shard() -> None:
-    """Where shards share all prompts: the second pass draws some of the samples, and must find the caches of each."""
-    first = make_schedule([0] * 6 + [1] * 6, 2, [*range(6)] * 2, shards=4, wave_rows=4, requests_per_prompt=6)
-    second = make_schedule([0, 1, 1], 2, [5, 0, 3], shards=4, wave_rows=4, requests_per_prompt=6)
-    assert (second.row_of // second.queue).tolist() == (first.row_of[[5, 6, 9]] // first.queue).tolist()
+    """Where shards share all prompts: the second pass draws some of the samples, and is told where their caches are."""
+    found = make_schedule(
+        [0, 1, 1], 2, shards=4, shared=True, wave_rows=2, requests_per_prompt=6, images_of=[[], []], shard_of=[1, 3, 1]
+    )
+    assert (found.row_of // found.queue).tolist() == [1, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "images, waves",
+    [
+        ([[1], [2], [1], [3], [2], []], [[0, 2, 1, 4], [3, 5, -1, -1]]),
+        ([[1], [2], [3], [4], [1], [4, 5], [5]], [[0, 4, 1, 2], [3, 5, 6, -1]]),  # 3, 5, 6 by two images
+        ([[1], [2], [3], [1], [1], [1]], [[0, 3, 4, 5], [1, 2, -1, -1]]),
+        ([[1]] * 5 + [[2]], [[0, 1, 2, 3], [4, 5, -1, -1]]),  # more than a wave holds are cut
+        ([[1], [2, 3], [4], [1, 3], []], [[0, 1, 3, 2], [4, -1, -1, -1]]),  # two groups that a later prompt joins
+    ],
+)
+def test_prompts_that_share_an_image_come_in_one_wave(images: list[list[int]], waves: list[list[int]]) -> None:
+    """Catches an image that is encoded once a wave."""
+    found = schedule_of(list(range(len(images))), len(images), 1, 4, 1, images)
+    assert found.waves.tolist() == waves
 
 
 NEEDS = CacheNeeds(
@@ -84,7 +115,7 @@ def test_one_request_that_does_not_fit_is_refused() -> None:
 
 def test_what_is_left_keeps_caches() -> None:
     """Kept responses: 6 rows a shard of 10 · 20 bytes, beside slots and prompts."""
-    needs = dataclasses.replace(NEEDS, kept_rows=12, kept_tokens=20)
+    needs = dataclasses.replace(NEEDS, kept_rows=6, kept_tokens=20)
     plan = plan_caches(needs, 13_200)
     assert (plan.keep_prompts, plan.keep_responses, plan.bytes_per_device) == (True, True, 13_200)
     less = plan_caches(needs, 13_199)
@@ -97,7 +128,16 @@ def test_a_wave_is_no_larger_than_what_runs_at_once() -> None:
 
 
 def test_shared_prompts_are_in_every_shard() -> None:
+    """Fewer prompts than shards: 12 of 1,000 bytes and a slot of 1,500 each; with less room each shard has one."""
     needs = dataclasses.replace(NEEDS, shards=16, num_slots=16, num_prompts=12)
-    assert plan_caches(needs, 1_500 + 12_000).wave_rows == 12
+    plan = plan_caches(needs, 1_500 + 12_000)
+    assert (plan.shared, plan.wave_rows, plan.num_slots) == (True, 12, 16)
+    plan = plan_caches(needs, 1_499 + 12_000)
+    assert (plan.shared, plan.wave_rows, plan.num_slots) == (False, 16, 16)
     with pytest.raises(UserError, match="of cache on a device"):
-        plan_caches(needs, 1_499 + 12_000)
+        plan_caches(needs, 2_499)
+
+
+def test_prompts_that_are_there_cost_nothing() -> None:
+    plan = plan_caches(dataclasses.replace(NEEDS, prefilled=True), 6_000)
+    assert (plan.num_slots, plan.bytes_per_device) == (8, 6_000)

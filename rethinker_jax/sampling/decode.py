@@ -98,7 +98,8 @@ def _run_shard(
 ) -> LoopState:
     refill = functools.partial(_refill, prompts, resumed, requests, turn.limit[0])
     stop = state.counts.steps[0] + turn.num_steps[0]
-    more_comes = turn.limit[0] < turn.total[0]
+    # Back to the host for the next wave, but not where other shards have yet to begin requests of this one.
+    more_comes = (turn.limit[0] < turn.total[0]) & (state.next_request[0] < turn.limit[0])
 
     def unfinished(state: LoopState) -> Bool[Array, ""]:
         active = state.slots.request >= 0

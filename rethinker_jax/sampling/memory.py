@@ -17,7 +17,7 @@ class CacheNeeds:
     """What is asked for, in tokens and in bytes of one token's keys and values on one device.
 
     wave_rows: prompts that may be prefilled together, by other bounds. kept_tokens: of first responses whose caches
-    outlive their slot, in all `kept_rows` rows; 0 = none. prefilled: the prompts' caches are there already.
+    outlive their slot, in all `kept_rows` rows of a shard; 0 = none. prefilled: the prompts' caches are there already.
     """
 
     bytes_per_token: int
@@ -34,8 +34,12 @@ class CacheNeeds:
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """What there is room for. It takes at most `bytes_per_device`, of which `kept_bytes` outlive the call."""
+    """What there is room for. It takes at most `bytes_per_device`, of which `kept_bytes` outlive the call.
 
+    shared: every shard holds all prompts, because they are fewer than the shards.
+    """
+
+    shared: bool
     num_slots: int
     wave_rows: int
     keep_responses: bool
@@ -50,33 +54,29 @@ def plan_caches(needs: CacheNeeds, room: int) -> CachePlan:
     A slot holds its own copy of its prompt's cache. Raises UserError if one slot and one prompt do not fit.
     """
     size, shards = needs.bytes_per_token, needs.shards
-    shared = needs.num_prompts < shards
-    prompt, slot = size * needs.prompt_tokens, size * (needs.prompt_tokens + needs.new_tokens)
-    prompt = 0 if needs.prefilled else prompt
-    least_prompts = needs.num_prompts if shared else 1
-    least = slot + least_prompts * prompt
-    if least > room:
+    slot = size * (needs.prompt_tokens + needs.new_tokens)
+    prompt = 0 if needs.prefilled else size * needs.prompt_tokens
+    if slot + prompt > room:
         raise UserError(
             f"one completion of {needs.new_tokens} tokens behind a prompt of {needs.prompt_tokens} wants "
-            f"{least / GIB:.3g} GiB of cache on a device, and {room / GIB:.3g} GiB are there. "
+            f"{(slot + prompt) / GIB:.3g} GiB of cache on a device, and {room / GIB:.3g} GiB are there. "
             "Lower sampling.max_new_tokens, rethink.max_new_tokens or data.max_prompt_tokens, spread kv heads with "
             "--mesh tensor=N, or set sampling.cache_gib if the device has more."
         )
-    asked = -(-needs.num_slots // shards)
-    slots = min(asked, (room - least_prompts * prompt) // slot)
-    left = room - slots * slot
+    shared = needs.num_prompts < shards and slot + needs.num_prompts * prompt <= room
     in_all = needs.num_prompts if shared else -(-needs.num_prompts // shards)
+    slots = min(-(-needs.num_slots // shards), (room - (in_all if shared else 1) * prompt) // slot)
+    left = room - slots * slot
     wave = in_all if shared else max(1, min(in_all, needs.wave_rows // shards, left // max(prompt, 1)))
-    wave = wave if shared else -(-in_all // -(-in_all // wave))  # waves of one size, the last one not much smaller
-    keep_prompts = in_all * prompt <= left
+    wave = -(-in_all // -(-in_all // wave))  # waves of one size, the last one not much smaller
+    kept = size * needs.kept_tokens * needs.kept_rows
+    keep_prompts = kept > 0 and in_all * prompt <= left
     left -= (in_all if keep_prompts else wave) * prompt
-    kept = size * needs.kept_tokens * -(-needs.kept_rows // shards)
     keep_responses = 0 < kept <= left
-    if not needs.kept_tokens:
-        keep_prompts = False
     outlives = (in_all * prompt if keep_prompts else 0) + (kept if keep_responses else 0)
     taken = slots * slot + (0 if keep_prompts else wave * prompt) + outlives
-    return CachePlan(slots * shards, wave if shared else wave * shards, keep_responses, keep_prompts, taken, outlives)
+    rows = wave if shared else wave * shards
+    return CachePlan(shared, slots * shards, rows, keep_responses, keep_prompts, taken, outlives)
 
 
 def room_for_caches(device: jax.Device, gib: float, held: int) -> int:

@@ -99,9 +99,9 @@ def _repeat_kv_heads(params: Params, copies: int) -> Params:
     return params | {"text": params["text"] | {"layers": layers}}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def prefill(model: Model, places: Places, params: Params, batch: PromptBatch, chunk: int = 0) -> Caches:
-    """Caches of a batch of prompts, one pair a layer; columns behind a prompt's length hold no meaning.
+@functools.partial(jax.jit, static_argnums=(0, 1, 4, 5))
+def prefill(model: Model, places: Places, params: Params, batch: PromptBatch, chunk: int, num_rows: int) -> Caches:
+    """Caches of the first `num_rows` prompts of a batch, one pair a layer; what lies behind a prompt's length is noise.
 
     `chunk` bounds how many tokens of a prompt run through the layers at once, for prompts whose activations would not
     fit; 0 = all of them. An image may lie across chunks.
@@ -114,7 +114,7 @@ def prefill(model: Model, places: Places, params: Params, batch: PromptBatch, ch
         x = model.embed(params, text.token_ids, text.image_index, table)
         attend = functools.partial(_attend_and_keep, model.attention, text.lengths)
         caches = model.run_layers(layers, x, model.angles(text.positions), attend)[1]
-        return places.put_caches(caches, places.prompts)
+        return places.put_caches([(keys[:num_rows], values[:num_rows]) for keys, values in caches], places.prompts)
 
     num_chunks = -(-seq // chunk)
     width = [(0, 0), (0, num_chunks * chunk - seq)]
@@ -130,7 +130,8 @@ def prefill(model: Model, places: Places, params: Params, batch: PromptBatch, ch
     kv_heads, head_dim = layers[0]["attention"]["key"]["kernel"].shape[-2:]
     empty = empty_caches(len(layers), rows, kv_heads, head_dim, num_chunks * chunk, params["text"]["embedding"].dtype)
     caches, _ = jax.lax.scan(run_chunk, empty, jnp.arange(num_chunks) * chunk)
-    return places.put_caches([(keys[..., :seq], values[:, :, :seq]) for keys, values in caches], places.prompts)
+    cut = [(keys[:num_rows, ..., :seq], values[:num_rows, :, :seq]) for keys, values in caches]
+    return places.put_caches(cut, places.prompts)
 
 
 def _attend_and_keep(

@@ -13,6 +13,23 @@ NOTHING = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
+class Budgets:
+    """Lengths in tokens. `first` and `second` bound the two responses; the widths bound what is inserted."""
+
+    first: int
+    second: int = 0
+    max_first: int = 0  # a longer first response gets no trigger
+    trigger_width: int = 0
+    prefix_width: int = 0
+
+    @property
+    def total(self) -> int:
+        """Most tokens of a completion, inserted ones included."""
+        forced = self.max_first + self.trigger_width + self.second if self.trigger_width else 0
+        return self.prefix_width + max(self.first, self.second if self.prefix_width else 0, forced)
+
+
+@dataclasses.dataclass(frozen=True)
 class Request:
     """One completion to draw.
 
@@ -31,31 +48,32 @@ class Request:
     budget: int | None = None
     seed: int | None = None
 
+    def check(self, budgets: Budgets) -> None:
+        """Raises ValueError for what cannot be drawn within `budgets`."""
+        name = f"problem {self.prompt.problem.id!r}, sample {self.sample}"
+        if self.prompt.image_index[-1] >= 0:
+            raise ValueError(f"{name}: the prompt ends in an image, and no text follows it")
+        if len(self.prefix_ids) > budgets.prefix_width or len(self.trigger_ids) > budgets.trigger_width:
+            raise ValueError(
+                f"{name}: {len(self.prefix_ids)} tokens of prefix and {len(self.trigger_ids)} of trigger, over "
+                f"prefix_width={budgets.prefix_width} and trigger_width={budgets.trigger_width}"
+            )
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"{name}: a budget of {self.budget} tokens, wanted 1 or more")
+
+    @property
+    def name(self) -> tuple[int, int, int | None]:
+        """What tells it from the other requests of a call."""
+        return id(self.prompt), self.sample, self.seed
+
     @property
     def num_resumed(self) -> int:
         """Tokens of the prefix that `resume` wrote; the last token before a draw is always fed."""
         if self.resume is None:
             return 0
-        most = min(len(self.prefix_ids), len(self.resume)) - 1
+        most = max(0, min(len(self.prefix_ids), len(self.resume)) - 1)
         same = (self.prefix_ids[:most] == self.resume.token_ids[:most]) & (self.prefix_segments[:most] == FIRST)
         return most if same.all() else int(same.argmin())
-
-
-@dataclasses.dataclass(frozen=True)
-class Budgets:
-    """Lengths in tokens. `first` and `second` bound the two responses; the widths bound what is inserted."""
-
-    first: int
-    second: int = 0
-    max_first: int = 0  # a longer first response gets no trigger
-    trigger_width: int = 0
-    prefix_width: int = 0
-
-    @property
-    def total(self) -> int:
-        """Most tokens of a completion, inserted ones included."""
-        forced = self.max_first + self.trigger_width + self.second if self.trigger_width else 0
-        return self.prefix_width + max(self.first, self.second if self.prefix_width else 0, forced)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +105,28 @@ class Counters:
 
 @dataclasses.dataclass
 class Kept:
-    """Caches of one call for the next: its prompts, and the first responses by (prompt, sample).
+    """Caches of one call for the next: its prompts, and the first responses.
 
     Empty it asks `generate` to fill it, as far as there is room; a filled one is what `Request.resume` reads from.
+    layout: (are the prompts shared, rows of a wave). place_of: `Request.name` → shard, and row there.
     bytes_per_device: of what it holds.
     """
 
     max_tokens: int  # longer first responses will not be resumed
     prompts: list[Prompt] = dataclasses.field(default_factory=list)
     waves: list[Prompts] = dataclasses.field(default_factory=list)
-    wave_rows: int = 0
+    layout: tuple[bool, int] | None = None
     caches: Caches | None = None
-    row_of: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    place_of: dict[tuple[int, int, int | None], tuple[int, int]] = dataclasses.field(default_factory=dict)
     bytes_per_device: int = 0
 
     @property
     def filled(self) -> bool:
         return bool(self.prompts)
+
+    def drop(self) -> None:
+        """Frees the caches; which prompts there were is remembered."""
+        self.waves, self.caches, self.layout, self.bytes_per_device = [], None, None, 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from rethinker_jax.config import BucketsConfig, SamplingConfig
+from rethinker_jax.errors import UserError
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import place_rows, row_shards
+from rethinker_jax.models.sharding import ROWS, place_rows, row_shards
 from rethinker_jax.prompts.batch import pack_prompts, unique_images
 from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry, bucket, choose_bucket
@@ -31,6 +32,7 @@ from rethinker_jax.types import TRIGGER
 
 __all__ = ["Budgets", "Counters", "Drawn", "Kept", "Request", "Sampler"]
 
+MOST_STEPS = 1 << 20  # of one turn: counters are 32 bits
 BLOCK = 16  # completions that are fetched together: one compiled copy serves any number of them
 Copies = list[tuple[list[int], slots.Outputs]]
 
@@ -40,6 +42,7 @@ class Sampler:
     """What stays the same from call to call.
 
     never: ids that are never drawn. ring: columns of the slots' caches at first; they double as completions grow.
+    plans: what was planned, by what was asked for.
     """
 
     model: Model
@@ -50,6 +53,7 @@ class Sampler:
     never: np.ndarray
     buckets: BucketsConfig
     ring: int = 256
+    plans: dict[Any, CachePlan] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def generate(
         self,
@@ -68,14 +72,16 @@ class Sampler:
     ) -> tuple[list[Drawn], Counters]:
         """Draw one completion a request, in the order of `requests`. `params` are in the sampling layout.
 
-        Each distinct prompt is prefilled once. `num_prompts` and `num_requests` pad their numbers, so that few shapes
-        are compiled. `on_finished` is given the completions that ended since the last look, each with the number of its
+        Each prompt object is prefilled once. `num_prompts` and `num_requests` pad their numbers, so that few shapes are
+        compiled. `on_finished` is given the completions that ended since the last look, each with the number of its
         request, while the device draws the others; a look that finds none gives an empty list. Raises ValueError for a
-        prompt that ends in an image (its last token is fed again, as text), UserError where one request does not fit.
+        request that cannot be drawn, such as one whose prompt ends in an image (its last token is fed again, as text),
+        UserError where one request does not fit.
         """
-        for prompt in {id(request.prompt): request.prompt for request in requests}.values():
-            if prompt.image_index[-1] >= 0:
-                raise ValueError(f"problem {prompt.problem.id!r}: the prompt ends in an image, and no text follows it")
+        if not requests:
+            return [], Counters(0, 0, 0, 0, 1.0, 1.0)
+        for request in requests:
+            request.check(budgets)
         asked = Asked(tuple(requests), settings, budgets, (seed, step), second_temperature)
         call = _Call(self, params, asked, kept, num_prompts, num_requests)
         drawn: dict[int, Drawn] = {}
@@ -112,17 +118,18 @@ class _Call:
         self.prompts = list({id(prompt): prompt for prompt in prompts}.values())
         number_of = {id(prompt): number for number, prompt in enumerate(self.prompts)}
         prompt_of = [number_of[id(request.prompt)] for request in requests]
-        per_prompt = int(np.bincount(prompt_of).max())
         rows = max(num_prompts or 0, len(self.prompts))
-        num_requests = max(num_requests or rows * per_prompt, len(requests))
+        per_prompt = max(int(np.bincount(prompt_of).max()), -(-(num_requests or 0) // rows))
 
         self.prompt_tokens = choose_bucket(max(map(len, self.prompts)), sampler.buckets.prompt_tokens, 32)
         self.shards = row_shards(sampler.mesh)
-        self.plan = self._plan(rows, num_requests)
+        self.plan = self._plan(rows, per_prompt)
+        # What was kept is found where the call before put it.
+        layout = kept.layout if kept is not None and kept.layout else (self.plan.shared, self.plan.wave_rows)
         self.schedule = make_schedule(
-            prompt_of, rows, [request.sample for request in requests], shards=self.shards,
-            wave_rows=kept.wave_rows if kept is not None and kept.filled else self.plan.wave_rows,
-            requests_per_prompt=-(-num_requests // rows),
+            prompt_of, rows, shards=self.shards, shared=layout[0], wave_rows=layout[1],
+            requests_per_prompt=per_prompt, images_of=[[id(image) for image in one.images] for one in self.prompts],
+            shard_of=self._kept_shards(), round_requests=self._choose_resumed(),
         )  # fmt: skip
         self.request_of = np.full(self.schedule.num_rows, -1)
         self.request_of[self.schedule.row_of] = np.arange(len(requests))
@@ -130,13 +137,14 @@ class _Call:
         self.places = slots.Places(sampler.mesh, self.schedule.shared, self._tensor_divides())
         self.reader = Reader(sampler.tokenizer, asked.settings.stop_strings)
         self.rules = drawing_rules(sampler.model.config.vocab, sampler.never, sampler.end_ids, asked.settings)
-        self.num_resumed = self._num_resumed()
-        self.device_requests = request_table(asked, self.schedule, self.num_resumed, self._resumed_from())
-        self.num_images = self.num_prefilled = self.read_tokens = self.fed_tokens = self.slot_steps = 0
+        self.num_images = self.num_prefilled = self.read_tokens = self.fed_tokens = 0
+        self.slot_steps = self.drain_slot_steps = 0
+        table = request_table(asked, self.schedule, self.num_resumed, self._resumed_from())
+        self.device_requests = jax.device_put(table, NamedSharding(sampler.mesh, ROWS))
         self.fills: list[tuple[int, int, float]] = []
         self.waves: list[slots.Prompts] = []
-        self.wave = -1
-        self._next_wave()
+        self.round = self.wave = -1
+        self._next_round()
         self.ring = self._first_ring()
         keep = self.asked.budgets.first if kept is None else min(self.asked.budgets.first, kept.max_tokens)
         sizes = slots.Sizes(
@@ -151,26 +159,45 @@ class _Call:
         config, mesh = self.sampler.model.config, self.sampler.mesh
         return config.kv_heads * kv_copies(config, mesh) % mesh.shape["tensor"] == 0
 
-    def _plan(self, rows: int, num_requests: int) -> CachePlan:
-        settings, kept = self.asked.settings, self.kept
-        kept_tokens = min(self.asked.budgets.first, kept.max_tokens) if kept is not None and not self.reusing else 0
+    def _plan(self, rows: int, per_prompt: int) -> CachePlan:
+        """What there is room for: the same as in an earlier call that asked for the same, because shapes follow it."""
+        settings, kept, plans = self.asked.settings, self.kept, self.sampler.plans
+        filling = kept is not None and not self.reusing
         needs = CacheNeeds(
             bytes_per_token=self._bytes_per_token(),
             shards=self.shards,
-            num_slots=min(settings.num_slots or num_requests, num_requests),
+            num_slots=min(settings.num_slots or rows * per_prompt, rows * per_prompt),
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.asked.budgets.total,
             num_prompts=rows,
             wave_rows=max(1, settings.prefill_tokens // self.prompt_tokens) * self.shards,
-            kept_rows=num_requests,
-            kept_tokens=kept_tokens,
+            kept_rows=-(-rows // self.shards) * per_prompt,
+            kept_tokens=min(self.asked.budgets.first, kept.max_tokens) if kept is not None and filling else 0,
             prefilled=kept is not None and bool(kept.waves),
         )
         held = kept.bytes_per_device if kept is not None else 0
         room = room_for_caches(self.sampler.mesh.local_devices[0], settings.cache_gib, held)
-        plan = plan_caches(needs, room)
-        self.room_left = room - plan.bytes_per_device
-        return dataclasses.replace(plan, bytes_per_device=plan.bytes_per_device + held)
+        key = needs, settings.cache_gib, held
+        if key not in plans:
+            try:
+                plans[key] = plan_caches(needs, room)
+            except UserError:
+                if kept is None or not held:
+                    raise
+                kept.drop()
+                return self._plan(rows, per_prompt)
+        self.room_left = room - plans[key].bytes_per_device
+        return dataclasses.replace(plans[key], bytes_per_device=plans[key].bytes_per_device + held)
+
+    def _kept_shards(self) -> list[int] | None:
+        """Where the call before put each request; those that it did not have go round."""
+        if self.kept is None or not self.reusing:
+            return None
+        place_of = self.kept.place_of
+        return [
+            place_of.get(request.name, (number % self.shards, 0))[0]
+            for number, request in enumerate(self.asked.requests)
+        ]
 
     def _bytes_per_token(self) -> int:
         """Keys and values of one token on one device, all layers."""
@@ -178,19 +205,32 @@ class _Call:
         heads = config.kv_heads * kv_copies(config, mesh) // (mesh.shape["tensor"] if self._tensor_divides() else 1)
         return config.layers * 2 * heads * config.head_dim * self.params["text"]["embedding"].dtype.itemsize
 
-    def _num_resumed(self) -> list[int]:
-        """Of each request, the tokens whose caches are there, or will be read in one chunk; none where no room is."""
+    def _choose_resumed(self) -> int | None:
+        """Sets of each request how many tokens have caches, or will be read again in one chunk: none if no room is.
+
+        Returns how many responses of a shard fit at once where they are read again.
+        """
         wanted, kept = [request.num_resumed for request in self.asked.requests], self.kept
+        self.num_resumed = wanted
         if kept is not None and self.reusing and kept.caches is not None:
             stored = kept.caches[0][0].shape[-1]
-            known = [(id(request.prompt), request.sample) in kept.row_of for request in self.asked.requests]
-            return [min(count, stored) if there else 0 for count, there in zip(wanted, known, strict=True)]
-        read = self._bytes_per_token() * self._read_width(wanted) * self.schedule.wave_queue
-        return wanted if read <= self.room_left else [0] * len(wanted)
+            known = [request.name in kept.place_of for request in self.asked.requests]
+            self.num_resumed = [min(count, stored) if there else 0 for count, there in zip(wanted, known, strict=True)]
+            return None
+        if not any(wanted):
+            return None
+        fits = self.room_left // self._bytes_to_read()
+        if not fits:
+            self.num_resumed = [0] * len(wanted)
+        return fits or None
 
-    def _read_width(self, resumed: Sequence[int]) -> int:
-        """Columns of a store that holds so many tokens of first responses."""
-        return min(bucket(max(resumed), 32), self.asked.budgets.total) if any(resumed) else 0
+    def _bytes_to_read(self) -> int:
+        """Of one response that is read again; it is there twice while it is made."""
+        return 2 * self._bytes_per_token() * self._read_width()
+
+    def _read_width(self) -> int:
+        """Columns of the store of first responses that are read again: of the longest that may come."""
+        return min(bucket(self.asked.budgets.prefix_width, 32), self.asked.budgets.total)
 
     def _first_ring(self) -> int:
         """Columns that the first turn wants, and all that is resumed."""
@@ -204,17 +244,19 @@ class _Call:
             size *= 2
         return min(size, self.asked.budgets.total)
 
-    def _next_wave(self) -> None:
-        """Prefill the next wave of prompts, or take it from the call before, and what of its requests is resumed."""
-        self.wave += 1
-        self.prefilled = self.resumed = None  # frees them before what comes next is made
-        kept = self.kept
-        if kept is not None and self.reusing and kept.waves:
-            self.prefilled = kept.waves[self.wave]
-        else:
-            self.prefilled = self._prefill(self.schedule.waves[self.wave])
-            if self.plan.keep_prompts:
-                self.waves.append(self.prefilled)
+    def _next_round(self) -> None:
+        """Prefill the next wave of prompts, or take it from the call before, and what its requests resume."""
+        kept, self.resumed = self.kept, None  # frees them before what comes next is made
+        self.round += 1
+        wave = int(self.schedule.wave_of[self.round])
+        if wave != self.wave:
+            self.wave, self.prefilled = wave, None
+            if kept is not None and self.reusing and kept.waves:
+                self.prefilled = kept.waves[wave]
+            else:
+                self.prefilled = self._prefill(self.schedule.waves[wave])
+                if self.plan.keep_prompts:
+                    self.waves.append(self.prefilled)
         if any(self.num_resumed):
             stored = kept.caches if kept is not None and self.reusing else None
             self.resumed = stored if stored is not None else self._read_responses()
@@ -241,21 +283,23 @@ class _Call:
         most = self.asked.settings.prefill_tokens
         per_shard = self.prompt_tokens * rows // self.shards
         chunk = -(-self.prompt_tokens // -(-per_shard // most)) if per_shard > most else 0
-        caches = prefill(sampler.model, self.places, self.params, placed, chunk)
+        num_rows = len(wave)
+        caches = prefill(sampler.model, self.places, self.params, placed, chunk, num_rows)
         last = batch.text.token_ids[np.arange(rows), np.maximum(lengths - 1, 0)]
-        return slots.Prompts(caches, lengths, batch.next_positions, last)
+        return slots.Prompts(caches, lengths[:num_rows], batch.next_positions[:num_rows], last[:num_rows])
 
     def _read_responses(self) -> Caches:
-        """Caches of what the requests of this wave resume, each response in one chunk behind its prompt."""
+        """Caches of what the requests of this round resume, each response in one chunk behind its prompt."""
         schedule = self.schedule
-        mine = np.flatnonzero(schedule.wave_of == self.wave)
+        mine = np.flatnonzero(schedule.round_of == self.round)
         counts = [self.num_resumed[number] for number in mine]
-        width = self._read_width(self.num_resumed)
-        rows = self.shards * schedule.wave_queue
+        width = self._read_width()
+        rows = self.shards * schedule.round_queue
         token_ids, prompt_of = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
         for number, count in zip(mine, counts, strict=True):
             request = self.asked.requests[number]
-            row = schedule.row_of[number] // schedule.queue * schedule.wave_queue + schedule.wave_place[number]
+            shard = schedule.row_of[number] // schedule.queue
+            row = shard * schedule.round_queue + schedule.round_place[number]
             prompt_of[row] = schedule.prompt_row[number]
             token_ids[row, 0] = request.prompt.token_ids[-1]
             if count:
@@ -268,16 +312,16 @@ class _Call:
 
     def go_on(self) -> None:
         """Send the device on its way: the next wave where it is wanted, a longer ring where one may be."""
-        limits, steps = self.schedule.limits, self.asked.settings.steps_per_call
+        limits, steps = self.schedule.limits, min(self.asked.settings.steps_per_call, MOST_STEPS)
         if self.last is not None:
-            if self.wave + 1 < len(limits) and (self.last.next_request >= limits[self.wave]).all():
-                self._next_wave()
+            if self.round + 1 < len(limits) and (self.last.next_request >= limits[self.round]).all():
+                self._next_round()
             ring = self._ring_for(int(np.max(self.last.emitted, initial=0, where=self.last.request >= 0)) + steps)
             if ring > self.ring:
                 self.state, self.ring = decode.resize(self.places, ring, self.state), ring
         turn = slots.Turn(
             num_steps=np.full(self.shards, steps, np.int32),
-            limit=limits[self.wave].astype(np.int32),
+            limit=limits[self.round].astype(np.int32),
             total=self.schedule.totals.astype(np.int32),
             stopped=self.stopped,
         )
@@ -289,8 +333,14 @@ class _Call:
     def look(self) -> list[int]:
         """Numbers of the requests that ended, by themselves or by a stop string."""
         look = jax.device_get(_look(self.state))
-        steps = look.counts.steps if self.last is None else look.counts.steps - self.last.counts.steps
+        steps, begun = look.counts.steps, look.next_request
+        if self.last is not None:
+            steps, begun = steps - self.last.counts.steps, begun - self.last.next_request
+        assert steps.any() or begun.any(), "the decode loop stands still"
         self.slot_steps += int(steps.max()) * self.plan.num_slots
+        # A shard that has nothing left to begin waits for the slowest one.
+        waits = (steps.max() - steps)[look.next_request >= self.schedule.totals]
+        self.drain_slot_steps += int(waits.sum()) * self.plan.num_slots // self.shards
         self.last = look
         ended = look.finish != slots.RUNNING
         if self.reader.strings:
@@ -336,16 +386,15 @@ class _Call:
             return
         if self.stopped.any():
             self.go_on()  # frees the slots that the last look stopped, and keeps their caches; nothing else is left
-        kept.prompts, kept.waves, kept.wave_rows = self.prompts, self.waves, self.plan.wave_rows
+        kept.prompts, kept.waves, kept.layout = self.prompts, self.waves, (self.plan.shared, self.plan.wave_rows)
         kept.caches, kept.bytes_per_device = self.state.kept, self.plan.kept_bytes
-        kept.row_of = {
-            (id(request.prompt), request.sample): int(row % self.schedule.queue)
-            for request, row in zip(self.asked.requests, self.schedule.row_of, strict=True)
-        }
+        places = [divmod(int(row), self.schedule.queue) for row in self.schedule.row_of]
+        kept.place_of = {one.name: place for one, place in zip(self.asked.requests, places, strict=True)}
 
     def counters(self) -> Counters:
         assert self.last is not None, "the loop has not run"
         counts = self.last.counts
+        read = self._bytes_to_read() * self.schedule.round_queue if self.read_tokens else 0
         filled, size = sum(fill[0] for fill in self.fills), sum(fill[1] for fill in self.fills)
         return Counters(
             busy_steps=int(counts.busy.sum()),
@@ -356,18 +405,17 @@ class _Call:
             vision_fill=float(np.mean([fill[2] for fill in self.fills])) if self.fills else 1.0,
             waves=len(self.fills),
             drain_busy_steps=int(counts.drain_busy.sum()),
-            drain_slot_steps=int(counts.drain_steps.sum()) * self.plan.num_slots // self.shards,
+            drain_slot_steps=self.drain_slot_steps + int(counts.drain_steps.sum()) * self.plan.num_slots // self.shards,
             read_tokens=self.read_tokens,
             fed_tokens=self.fed_tokens,
-            cache_bytes=self.plan.bytes_per_device,
+            cache_bytes=self.plan.bytes_per_device + read,
         )
 
     def _resumed_from(self) -> np.ndarray:
         kept = self.kept
         if kept is None or not self.reusing or kept.caches is None:
-            return self.schedule.wave_place
-        rows = [kept.row_of.get((id(one.prompt), one.sample), 0) for one in self.asked.requests]
-        return np.array(rows, np.int64)
+            return self.schedule.round_place
+        return np.array([kept.place_of.get(one.name, (0, 0))[1] for one in self.asked.requests], np.int64)
 
 
 class _Look(NamedTuple):

@@ -1,7 +1,9 @@
 """Who does what: prompts over shards and waves, requests over the queues of the shards. Numpy alone.
 
 A *shard* is one place along the batch axes of the mesh; it has its own slots and its own queue. A *wave* is what is
-prefilled together. A request goes to the shard that holds its prompt, and behind all requests of earlier waves.
+prefilled together. A request goes to the shard that holds its prompt, and behind all requests of earlier waves. The
+requests of a wave come in one *round*, or in several where the first responses that they go on from are read again and
+not all fit at once.
 """
 
 import dataclasses
@@ -12,24 +14,28 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """shared: every shard holds all prompts, because they are fewer than the shards.
+    """shared: every shard holds all prompts.
 
     waves       wave → int [rows of a wave], the number of the prompt in each row, -1 = none.
     queue       places in every shard's queue; row of the device's tables = shard · queue + place.
+    round_queue places for the requests of one round in every shard.
     row_of      int [requests], that row.
     prompt_row  int [requests], the prompt's row in its shard's part of its wave.
-    wave_place  int [requests], the place among its shard's requests of the wave.
-    limits      int [waves, shards], how many of its requests a shard may have begun once a wave is prefilled.
+    round_of    int [requests], and round_place, the place among its shard's requests of the round.
+    wave_of     int [rounds], the wave whose prompts a round wants.
+    limits      int [rounds, shards], how many of its requests a shard may have begun once a round is ready.
     """
 
     shards: int
     shared: bool
     waves: np.ndarray
     queue: int
+    round_queue: int
     row_of: np.ndarray
     prompt_row: np.ndarray
+    round_of: np.ndarray
+    round_place: np.ndarray
     wave_of: np.ndarray
-    wave_place: np.ndarray
     limits: np.ndarray
 
     @property
@@ -41,54 +47,92 @@ class Schedule:
     def num_rows(self) -> int:
         return self.shards * self.queue
 
-    @property
-    def wave_queue(self) -> int:
-        """Most requests that a shard has in one wave."""
-        return int(np.diff(self.limits, axis=0, prepend=0).max())
-
 
 def make_schedule(
     prompt_of: Sequence[int],
     num_prompts: int,
-    samples: Sequence[int],
     *,
     shards: int,
+    shared: bool,
     wave_rows: int,
     requests_per_prompt: int,
+    images_of: Sequence[Sequence[int]],
+    shard_of: Sequence[int] | None = None,
+    round_requests: int | None = None,
 ) -> Schedule:
     """Prompts go round the shards, so that no shard has two more than another.
 
-    prompt_of, samples: the prompt of each request, numbered from 0, and its sample. wave_rows: prompts of a wave over
-    all shards. num_prompts and requests_per_prompt give the shapes, which may be larger than what is there.
+    prompt_of: the prompt of each request, numbered from 0. wave_rows: prompts of a wave over all shards. num_prompts
+    and requests_per_prompt give the shapes, which may be larger than what is there. images_of: of every prompt that
+    there is, what its images are called; prompts that share one come in one wave. shard_of: under `shared`, where
+    another call put each request; without it they go round. round_requests: most of a shard in one round.
     """
     asked = np.array(prompt_of, np.int64)
-    shared = num_prompts < shards
     if shared:
         per_shard = num_prompts
         waves = np.arange(num_prompts)[None]
-        # By its name, so that the second pass over a sample finds it where the first left it.
-        shard_of, wave_of, prompt_row = (asked + np.array(samples)) % shards, np.zeros_like(asked), asked
-        queue = -(-num_prompts * requests_per_prompt // shards)
+        where = np.arange(len(asked)) % shards if shard_of is None else np.array(shard_of, np.int64)
+        wave, prompt_row = np.zeros_like(asked), asked
+        queue = round_queue = -(-num_prompts * requests_per_prompt // shards)
     else:
         per_shard = max(1, wave_rows // shards)
-        num_waves = -(-(int(asked.max()) + 1) // (shards * per_shard))
-        # Prompt p: shard p mod shards, and there the place p div shards.
-        places = np.arange(num_waves * shards * per_shard).reshape(num_waves, per_shard, shards)
-        waves = np.where(places < num_prompts, places, -1).swapaxes(1, 2).reshape(num_waves, -1)
-        shard_of, local = asked % shards, asked // shards
-        wave_of, prompt_row = local // per_shard, local % per_shard
-        queue = -(-num_prompts // shards) * requests_per_prompt
-    row_of, wave_place = np.zeros_like(asked), np.zeros_like(asked)
-    limits = np.zeros((len(waves), shards), np.int64)
-    queues = []
+        places = _places(images_of, shards * per_shard)
+        # Place p: shard p mod shards, and there the row p div shards.
+        where, local = places[asked] % shards, places[asked] // shards
+        wave, prompt_row = local // per_shard, local % per_shard
+        waves = np.full((wave.max() + 1, shards, per_shard), -1)
+        waves[wave, where, prompt_row] = asked
+        waves = waves.reshape(len(waves), -1)
+        queue, round_queue = -(-num_prompts // shards) * requests_per_prompt, per_shard * requests_per_prompt
+    counts = np.zeros((len(waves), shards), np.int64)
+    np.add.at(counts, (wave, where), 1)
+    queue, round_queue = max(queue, int(counts.sum(axis=0).max())), max(round_queue, int(counts.max()))
+    round_queue = min(round_queue, round_requests or round_queue)
+    rounds = -(-counts.max(axis=1) // round_queue)  # of each wave
+    first_round = np.cumsum(rounds) - rounds
+    begins = np.cumsum(counts, axis=0) - counts
+    order = np.lexsort((np.arange(len(asked)), wave, where))
+    place = np.zeros_like(asked)  # among the shard's requests
     for shard in range(shards):
-        mine = np.flatnonzero(shard_of == shard)
-        mine = mine[np.argsort(wave_of[mine], kind="stable")]
-        limits[:, shard] = np.searchsorted(wave_of[mine], np.arange(len(waves)), side="right")
-        queues.append(mine)
-    queue = max(queue, *map(len, queues), 1)
-    for shard, mine in enumerate(queues):
-        row_of[mine] = shard * queue + np.arange(len(mine))
-        begins = np.concatenate([[0], limits[:-1, shard]])
-        wave_place[mine] = np.arange(len(mine)) - begins[wave_of[mine]]
-    return Schedule(shards, shared, waves, queue, row_of, prompt_row, wave_of, wave_place, limits)
+        mine = order[where[order] == shard]
+        place[mine] = np.arange(len(mine))
+    in_wave = place - begins[wave, where]
+    wave_of = np.repeat(np.arange(len(waves)), rounds)
+    passed = (np.arange(len(wave_of)) - first_round[wave_of] + 1)[:, None] * round_queue
+    return Schedule(
+        shards, shared, waves, queue, round_queue,
+        row_of=where * queue + place,
+        prompt_row=prompt_row,
+        round_of=first_round[wave] + in_wave // round_queue,
+        round_place=in_wave % round_queue,
+        wave_of=wave_of,
+        limits=begins[wave_of] + np.minimum(passed, counts[wave_of]),
+    )  # fmt: skip
+
+
+def _places(images_of: Sequence[Sequence[int]], wave: int) -> np.ndarray:
+    """int [prompts]: places in the order of prefilling, `wave` of them at a time.
+
+    Prompts that share an image stand side by side, and begin a wave where they would not fit into the last one. More
+    of them than a wave holds are cut.
+    """
+    groups: list[list[int]] = []
+    group_of: dict[int, list[int]] = {}  # image → prompts
+    for prompt, images in enumerate(images_of):
+        known = {id(group_of[image]): group_of[image] for image in images if image in group_of}
+        merged = next(iter(known.values()), [])
+        if not known:
+            groups.append(merged)
+        for other in list(known.values())[1:]:
+            merged.extend(other)
+            groups = [group for group in groups if group is not other]
+            group_of |= {image: merged for image, group in group_of.items() if group is other}
+        merged.append(prompt)
+        group_of |= dict.fromkeys(images, merged)
+    places, place = np.zeros(len(images_of), np.int64), 0
+    for group in groups:
+        if place % wave + len(group) > wave and len(group) <= wave:
+            place += wave - place % wave
+        places[group] = place + np.arange(len(group))
+        place += len(group)
+    return places
