@@ -16,6 +16,17 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 FormatForm = Literal["boxed", "think_answer", "think_boxed", "think_prose_answer", "think_answer_box"]
+Estimator = Literal[
+    "group_mean",
+    "group_std",
+    "rloo",
+    "remax",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "pass_at_k",
+    "best_of_n",
+    "g2rpo",
+]
 Script = Literal["latin", "han", "japanese", "hangul", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai"]
 
 REWARD_TERMS = (
@@ -257,7 +268,8 @@ class RewardConfig:
 class AdvantageConfig:
     """VL-Rethinker §2.1; its printed formula divides by the std, its code does not (`group_mean`)."""
 
-    estimator: Literal["group_mean", "group_std", "rloo"] = "group_mean"
+    estimator: Estimator = "group_mean"  # remax draws one greedy response more a prompt
+    k: Positive = 4  # of pass_at_k: the best of how many samples counts
     epsilon: PositiveFloat = 1e-6  # |advantage| at or below this is zero
 
 
@@ -299,12 +311,31 @@ class RethinkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    """What an update minimises; equations and papers stand at the functions of `training/losses.py`.
+
+    `reference: start` keeps the weights with which the run began, in the dtype of computation and spread as the trained
+    ones are: 2 bytes a parameter over all devices in bfloat16, and one forward pass more in every update.
+    """
+
+    policy: Literal["clipped", "gspo", "cispo", "sapo"] = "clipped"
     clip_low: NonNegativeFloat = 0.2
     clip_high: NonNegativeFloat = 0.35
-    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    dual_clip: NonNegativeFloat = 0.0  # clipped, negative advantages: bound of the ratio, above 1; 0 = off
+    sapo_tau_positive: PositiveFloat = 1.0  # steepness of the soft gate, by the sign of the advantage
+    sapo_tau_negative: PositiveFloat = 1.05
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # constant = Dr. GRPO
+    constant_length: NonNegative = 0  # aggregation constant: tokens; 0 = all the room a completion has
     nll_coefficient: NonNegativeFloat = 0.05  # on trigger and second look of kept forced completions
     entropy_coefficient: float = 0.0
     old_log_probs: Literal["auto", "sampler", "trainer"] = "auto"  # auto = sampler in float32, trainer in bfloat16
+    importance_cap: NonNegativeFloat = 0.0  # of the weights trainer / sampler, with old_log_probs trainer; 0 = off
+    reference: Literal["none", "start"] = "none"  # start = the model at the start of the run
+    kl: Literal["none", "loss", "reward"] = "none"  # where the KL to the reference goes; none = only measured
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coefficient: NonNegativeFloat = 0.001  # controller adaptive: the first one
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: PositiveFloat = 0.1  # controller adaptive: nats a token
+    kl_horizon: Positive = 10000  # controller adaptive: rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rethinker_jax.config import REWARD_TERMS, Config, MeshConfig, RewardConfig
+from rethinker_jax.config import REWARD_TERMS, Config, LossConfig, MeshConfig, RewardConfig
 from rethinker_jax.config_keys import nearest
 
 USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
@@ -22,6 +22,8 @@ def check(config: Config) -> list[str]:
         *_check_reward(config.reward),
         *_check_rethink(config),
         *_check_learning(config),
+        *_check_loss(config.loss),
+        *_check_kl(config.loss),
     ]
 
 
@@ -74,9 +76,15 @@ def _check_batches(config: Config) -> list[str]:
     problems = []
     if micro and batch % micro:
         problems.append(f"training.batch_size {batch} is not a multiple of training.micro_batch_size {micro}")
-    if samples < 2:
+    estimator, k = config.advantage.estimator, config.advantage.k
+    if samples < 2 and estimator not in ("remax", "reinforce_plus_plus"):
         problems.append(
             f"rollout.samples_per_prompt is {samples}; an advantage compares a group's samples, so it needs 2 or more"
+        )
+    if estimator == "pass_at_k" and k >= max(samples, 2):
+        problems.append(
+            f"advantage.k {k} is not below rollout.samples_per_prompt {samples}; pass_at_k compares the best of k "
+            "samples with the best of k others"
         )
     if (prompts * samples) % batch:
         problems.append(
@@ -159,6 +167,43 @@ def _check_learning(config: Config) -> list[str]:
         for name, value in (("b1", config.optimizer.b1), ("b2", config.optimizer.b2))
         if value >= 1
     ]
-    if config.loss.clip_low >= 1:
-        problems.append(f"loss.clip_low is {config.loss.clip_low}; the lower bound 1 - clip_low must stay above 0")
     return problems
+
+
+def _check_loss(loss: LossConfig) -> list[str]:
+    problems = []
+    if loss.clip_low > 1 or (loss.clip_low == 1 and loss.policy != "cispo"):
+        problems.append(f"loss.clip_low is {loss.clip_low}; the lower bound 1 - clip_low must stay above 0")
+    if loss.dual_clip and loss.policy != "clipped":
+        problems.append(f"loss.dual_clip is {loss.dual_clip} with loss.policy {loss.policy}; only clipped has it")
+    elif 0 < loss.dual_clip <= 1:
+        problems.append(f"loss.dual_clip is {loss.dual_clip}; wanted a ratio above 1, or 0 for none")
+    if loss.constant_length and loss.aggregation != "constant":
+        problems.append(
+            f"loss.constant_length is {loss.constant_length} with loss.aggregation {loss.aggregation}; "
+            "only the aggregation constant divides by it"
+        )
+    if loss.importance_cap and loss.old_log_probs != "trainer":
+        problems.append(
+            f"loss.importance_cap is {loss.importance_cap} with loss.old_log_probs {loss.old_log_probs}; it weighs the "
+            "trainer's old log-probs against the sampler's, so it wants loss.old_log_probs=trainer"
+        )
+    elif 0 < loss.importance_cap < 1:
+        problems.append(
+            f"loss.importance_cap is {loss.importance_cap}, which would cut down tokens on which sampler and trainer "
+            "agree; wanted 1 or more, or 0 for none"
+        )
+    return problems
+
+
+def _check_kl(loss: LossConfig) -> list[str]:
+    """What is said of the KL is used: an unused part would look as if the policy were held near the reference."""
+    if loss.kl == "none":
+        if loss.kl_controller == "adaptive":
+            return ["loss.kl_controller is adaptive and loss.kl is none; wanted loss.kl=loss or loss.kl=reward"]
+        return []
+    if loss.reference == "none":
+        return [f"loss.kl is {loss.kl} and loss.reference is none; wanted loss.reference=start to measure it to"]
+    if loss.kl_coefficient == 0:
+        return [f"loss.kl is {loss.kl} with loss.kl_coefficient 0; write loss.kl=none to measure the KL alone"]
+    return []

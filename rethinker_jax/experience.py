@@ -9,16 +9,94 @@ import numpy as np
 
 from rethinker_jax import consistency, replay, rethink
 from rethinker_jax.advantage import group_advantages
-from rethinker_jax.config import Config
+from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.sharding import row_shards
+from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rewards.terms import add_part
-from rethinker_jax.rollout import Group, budgets_of
+from rethinker_jax.rollout import Group, budgets_of, roll_out
 from rethinker_jax.step_metrics import share
 from rethinker_jax.system import System
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches, pack_rows
+from rethinker_jax.training.batch import (
+    COMPLETION_STEP,
+    TrainBatch,
+    TrainRow,
+    pack_micro_batches,
+    pack_rows,
+    round_up,
+)
+from rethinker_jax.training.losses import kl_estimate
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Prompt, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerExperience(replay.Experience):
+    """An experience whose old log-probs are the trainer's; `sampler_log_probs` [length] drew it (`importance_cap`)."""
+
+    sampler_log_probs: np.ndarray = dataclasses.field(kw_only=True)
+
+
+def with_trainer_rewards(
+    groups: Sequence[Group],
+    config: Config,
+    system: System,
+    updater: Updater,
+    state: TrainState,
+    kl_coefficient: float,
+) -> tuple[list[Group], dict[str, float]]:
+    """Rewards with what only the trainer can tell: the bonus of `reward.consistency`, and the KL to the reference."""
+    groups, metrics = with_consistency(groups, config, system, updater, state)
+    groups, found = with_kl(groups, config, system, updater, state, kl_coefficient)
+    return groups, metrics | found
+
+
+def with_kl(
+    groups: Sequence[Group],
+    config: Config,
+    system: System,
+    updater: Updater,
+    state: TrainState,
+    coefficient: float,
+) -> tuple[list[Group], dict[str, float]]:
+    """Rewards less `coefficient` times the estimated KL to the reference, where `loss.kl` is `reward`.
+
+    The KL is summed over the policy tokens of what is trained on, so that all of them share one return (γ = 1), as they
+    share one advantage. Metrics: its mean over tokens, and the coefficient.
+    """
+    if config.loss.kl != "reward":
+        return list(groups), {}
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rows = [_row_of(rollout) for rollout in rollouts]
+    reference = teacher_forced(config, system, updater, updater.reference, rows)
+    own = [row.old_log_probs for row in rows]
+    if trainer_log_probs(config, system):
+        own = teacher_forced(config, system, updater, state.params, rows)
+    # As one array: row by row, each length would be compiled.
+    kl = np.asarray(kl_estimate(_padded(own), _padded(reference), config.loss.kl_estimator), np.float64)
+    masks = [row.loss_mask for row in rows]
+    sums = [float(values[: len(mask)][mask].sum()) for values, mask in zip(kl, masks, strict=True)]
+    num_tokens = sum(int(mask.sum()) for mask in masks)
+    totals = iter(sums)
+    return [
+        dataclasses.replace(
+            group, rollouts=tuple(_with_part(one, "kl", next(totals), -coefficient) for one in group.rollouts)
+        )
+        for group in groups
+    ], {"kl": sum(sums) / max(num_tokens, 1), "kl_coefficient": coefficient}
+
+
+def _row_of(rollout: Rollout) -> TrainRow:
+    completion = rollout.completion
+    return TrainRow(rollout.prompt, completion.token_ids, *rethink.loss_masks(completion), completion.log_probs)
+
+
+def _padded(rows: Sequence[np.ndarray]) -> jax.Array:
+    """float32 [rows, longest], zero behind each row's end."""
+    padded = np.zeros((len(rows), round_up(max(map(len, rows)), COMPLETION_STEP)), np.float32)
+    for place, values in enumerate(rows):
+        padded[place, : len(values)] = values
+    return jnp.asarray(padded)
 
 
 def with_consistency(
@@ -48,23 +126,55 @@ def with_consistency(
         "consistent_share": share(consistent[accurate].tolist()),
     }
     return [
-        dataclasses.replace(group, rollouts=tuple(map(_with_bonus, group.rollouts, row.tolist())))
+        dataclasses.replace(
+            group,
+            rollouts=tuple(
+                _with_part(rollout, "consistency", bonus, 1.0)
+                for rollout, bonus in zip(group.rollouts, row.tolist(), strict=True)
+            ),
+        )
         for group, row in zip(groups, bonuses, strict=True)
     ], metrics
 
 
-def _with_bonus(rollout: Rollout, bonus: float) -> Rollout:
-    """The bonus goes to the response that is trained on."""
-    verdict = add_part(rollout.verdict, "consistency", bonus, 1.0)
+def _with_part(rollout: Rollout, term: str, value: float, weight: float) -> Rollout:
+    """One more term of the reward, for the response that is trained on."""
+    verdict = add_part(rollout.verdict, term, value, weight)
     if rollout.kept:
         return dataclasses.replace(rollout, forced_verdict=verdict)
     return dataclasses.replace(rollout, first_verdict=verdict)
 
 
-def with_advantages(groups: Sequence[Group], config: Config) -> list[Group]:
-    rewards = np.stack([group.rewards for group in groups])
-    first = np.stack([group.first_rewards for group in groups])
-    advantages = group_advantages(rewards, first, config.advantage.estimator)
+def greedy_rewards(
+    config: Config,
+    system: System,
+    params: Params,
+    prompts: Sequence[tuple[int, Prompt]],
+    scorer: Scorer,
+    step: int,
+) -> np.ndarray | None:
+    """Rewards [groups] of one greedy response a prompt, where ReMax asks for them; `params` in the sampling layout."""
+    if config.advantage.estimator != "remax":
+        return None
+    greedy = dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(config.sampling, temperature=0.0),
+        rollout=dataclasses.replace(config.rollout, samples_per_prompt=1),
+    )
+    rolled = roll_out(system, params, prompts, greedy, scorer, step, forced=False)
+    return np.array([group.rewards[0] for group in rolled.groups])
+
+
+def with_advantages(groups: Sequence[Group], config: Config, greedy: np.ndarray | None = None) -> list[Group]:
+    """Groups with advantages by `advantage.estimator`; `greedy` [groups] are the rewards that ReMax subtracts."""
+    advantages = group_advantages(
+        np.stack([group.rewards for group in groups]),
+        np.stack([group.first_rewards for group in groups]),
+        config.advantage.estimator,
+        lengths=np.stack([[rethink.loss_masks(one.completion)[0].sum() for one in group.rollouts] for group in groups]),
+        greedy_rewards=greedy,
+        k=config.advantage.k,
+    )
     return [
         dataclasses.replace(
             group,
@@ -101,7 +211,9 @@ def make_batches(
 
     def row(one: replay.Experience, fresh: bool) -> TrainRow:
         masks = one.loss_mask, one.nll_mask
-        return TrainRow(prompt_of[one.problem], one.completion_ids, *masks, one.old_log_probs, one.advantage, fresh)
+        sampler = one.sampler_log_probs if isinstance(one, TrainerExperience) else None
+        prompt = prompt_of[one.problem]
+        return TrainRow(prompt, one.completion_ids, *masks, one.old_log_probs, one.advantage, fresh, sampler)
 
     replayed = [one for one in chosen.replayed if one.problem in prompt_of]
     rows = [row(one, first_update) for one in chosen.fresh] + [row(one, False) for one in replayed]
@@ -109,6 +221,13 @@ def make_batches(
     micro = config.training.micro_batch_size or size
     length, shards = longest_completion(config, system), row_shards(system.mesh)
     return pack_micro_batches(rows, system.geometry, length, size, micro, config.buckets, shards)
+
+
+def loss_of(config: Config, system: System) -> LossConfig:
+    """The loss, with `constant_length` in tokens where it is left to what a completion has room for."""
+    if config.loss.aggregation != "constant" or config.loss.constant_length:
+        return config.loss
+    return dataclasses.replace(config.loss, constant_length=longest_completion(config, system))
 
 
 def longest_completion(config: Config, system: System) -> int:
@@ -153,5 +272,43 @@ def with_trainer_log_probs(
         [np.abs(own - one.old_log_probs)[one.loss_mask] for own, one in zip(made, experiences, strict=True)]
     )
     metrics = {"sampler_trainer_gap": share(gap.tolist()), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
-    made = [dataclasses.replace(one, old_log_probs=own) for own, one in zip(made, experiences, strict=True)]
-    return made, metrics
+    pairs = list(zip(made, experiences, strict=True))
+    if not config.loss.importance_cap:
+        return [dataclasses.replace(one, old_log_probs=own) for own, one in pairs], metrics
+    return [_by_trainer(one, own, one.old_log_probs) for own, one in pairs], metrics
+
+
+def _by_trainer(one: replay.Experience, old_log_probs: np.ndarray, sampler_log_probs: np.ndarray) -> TrainerExperience:
+    return TrainerExperience(
+        problem=one.problem,
+        completion_ids=one.completion_ids,
+        loss_mask=one.loss_mask,
+        nll_mask=one.nll_mask,
+        old_log_probs=old_log_probs,
+        advantage=one.advantage,
+        update=one.update,
+        sampler_log_probs=sampler_log_probs,
+    )
+
+
+def buffer_arrays(buffer: Sequence[replay.Experience]) -> dict[str, np.ndarray]:
+    """The replay buffer as padded arrays, for the checkpoint."""
+    length = max([len(one.completion_ids) for one in buffer], default=1)
+    arrays = replay.to_arrays(buffer, length)
+    drawn = [(place, one) for place, one in enumerate(buffer) if isinstance(one, TrainerExperience)]
+    if drawn:
+        arrays["sampler_log_probs"] = arrays["old_log_probs"].copy()
+    for place, one in drawn:
+        arrays["sampler_log_probs"][place, : len(one.sampler_log_probs)] = one.sampler_log_probs
+    return arrays
+
+
+def read_buffer(arrays: Mapping[str, np.ndarray]) -> tuple[replay.Experience, ...]:
+    """What `buffer_arrays` wrote."""
+    buffer = replay.from_arrays(arrays)
+    if "sampler_log_probs" not in arrays:
+        return buffer
+    return tuple(
+        _by_trainer(one, one.old_log_probs, arrays["sampler_log_probs"][place, : len(one.completion_ids)])
+        for place, one in enumerate(buffer)
+    )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from rethinker_jax.devices import CompileCounter, start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
 from rethinker_jax.experience import (
+    buffer_arrays,
     experience_of,
+    greedy_rewards,
+    loss_of,
     make_batches,
+    read_buffer,
     trainer_log_probs,
     with_advantages,
-    with_consistency,
     with_trainer_log_probs,
+    with_trainer_rewards,
 )
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.parts import count_parameters
@@ -38,6 +42,7 @@ from rethinker_jax.step_metrics import batch_metrics, padding_share, rollout_met
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
+from rethinker_jax.training.losses import next_kl_coefficient
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
 from rethinker_jax.verify.judge import check_gold
@@ -55,6 +60,7 @@ class Progress:
     buffer: tuple[replay.Experience, ...]
     before: dict[str, float] | None
     started: tuple[float, float]  # of wall and CPU clock, moved back by what earlier processes of this run spent
+    kl_coefficient: float
 
     @property
     def spent(self) -> dict[str, float]:
@@ -145,9 +151,9 @@ def begin(
     """The state at the first step, or at the last checkpoint."""
     rows_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     num_updates = config.run.num_steps * (rows_per_step // config.training.batch_size)
-    updater = make_updater(config, system, num_updates, config.loss)
+    updater = make_updater(config, system, num_updates, loss_of(config, system))
     if store.latest_step is None:
-        return updater, Progress(0, updater.init(system.params), (), None, started)
+        return updater, Progress(0, updater.init(system.params), (), None, started, config.loss.kl_coefficient)
     shapes = updater.shapes(system.params)
     system.drop_params()
     saved = store.restore(shapes, system.mesh)
@@ -157,8 +163,9 @@ def begin(
             "began, and its replay buffer names them by number. Put them back, or name another run.dir."
         )
     started = started[0] - saved.meta["wall_s"], started[1] - saved.meta["cpu_s"]
-    buffer = replay.from_arrays(saved.arrays)
-    return updater, Progress(saved.meta["step"], saved.state, buffer, saved.meta["before"], started)
+    coefficient = saved.meta.get("kl_coefficient", config.loss.kl_coefficient)
+    buffer = read_buffer(saved.arrays)
+    return updater, Progress(saved.meta["step"], saved.state, buffer, saved.meta["before"], started, coefficient)
 
 
 def train_step(
@@ -181,12 +188,15 @@ def train_step(
     forced = rethink.active(config.rethink, step)
     sampling_params = system.sampling_params(progress.state.params)
     rolled = roll_out(system, sampling_params, prompts, config, scorer, step, forced=forced)
+    greedy = greedy_rewards(config, system, sampling_params, prompts, scorer, step)
     del sampling_params
     rollout_time = time.monotonic()
-    groups, metrics = with_consistency(rolled.groups, config, system, updater, progress.state)
+    groups, metrics = with_trainer_rewards(
+        rolled.groups, config, system, updater, progress.state, progress.kl_coefficient
+    )
 
     # advantage
-    groups = with_advantages(groups, config)
+    groups = with_advantages(groups, config, greedy)
     metrics |= rollout_metrics(groups, config.advantage.epsilon) | sampling_metrics(rolled)
     update, prompt_of = int(jax.device_get(progress.state.num_updates)), dict(prompts)
     experiences = [experience_of(group, rollout, update) for group in groups for rollout in group.rollouts]
@@ -197,6 +207,7 @@ def train_step(
         metrics |= gaps
 
     # replay, update
+    follow_kl(config, progress, metrics, len(experiences))
     metrics |= learn(config, system, updater, problems, experiences, prompt_of, progress, run)
     refuse_bad_updates(config, progress)
 
@@ -236,12 +247,23 @@ def learn(
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), progress.step, run))
             batches = make_batches(config, system, prompt_of, chosen, start == 0)
-            progress.state, made = updater.step(progress.state, batches)
+            progress.state, made = updater.step(progress.state, batches, progress.kl_coefficient)
             sums = made | {"row_padding_share": padding_share(batches)}
+            if config.loss.kl == "loss":
+                sums["kl_coefficient"] = progress.kl_coefficient
+                follow_kl(config, progress, made, len(chosen.fresh) + len(chosen.replayed))
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
     return {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
+
+
+def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], num_rows: int) -> None:
+    """Moves the coefficient of the KL after the rows it was measured on, where a controller does."""
+    if config.loss.kl_controller == "adaptive" and "kl" in metrics:
+        progress.kl_coefficient = next_kl_coefficient(
+            config.loss, progress.kl_coefficient, float(metrics["kl"]), num_rows
+        )
 
 
 def next_prompts(
@@ -282,9 +304,9 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
 
 
 def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
-    length = max([len(one.completion_ids) for one in progress.buffer], default=1)
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
-    store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer, length), meta))
+    meta["kl_coefficient"] = progress.kl_coefficient
+    store.save(progress.step, Saved(progress.state, buffer_arrays(progress.buffer), meta))
 
 
 def load_splits(config: Config, run: RunDirectory) -> Splits:

@@ -23,6 +23,7 @@ class TrainRow:
 
     loss_mask: tokens of the policy gradient; nll_mask: tokens of the supervised loss.
     `fresh` rows were drawn by the current policy (not replayed), so their old log-probs can be checked against ours.
+    `sampler_log_probs`: where `old_log_probs` are the trainer's, those of the sampler that drew the tokens.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class TrainRow:
     old_log_probs: np.ndarray
     advantage: float = 0.0
     fresh: bool = True
+    sampler_log_probs: np.ndarray | None = None
 
 
 @no_type_check
@@ -40,7 +42,8 @@ class TrainRow:
 class TrainBatch:
     """Arrays of one optimizer step. `text` rows are prompt + completion; completion arrays are [rows, length].
 
-    state_index[r, t] is the position in row r whose hidden state predicts completion token t.
+    state_index[r, t] is the position in row r whose hidden state predicts completion token t. `sampler_log_probs` is
+    None where no row of the optimizer step has any; a row without them counts as drawn by its old log-probs.
     """
 
     text: TextBatch
@@ -53,6 +56,7 @@ class TrainBatch:
     old_log_probs: Any
     advantages: Any
     fresh: Any
+    sampler_log_probs: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +105,11 @@ def pack_micro_batches(
     seq = choose_bucket(longest, buckets.row_tokens, SEQ_MINIMUM)
     length = round_up(completion_length, COMPLETION_STEP)
     visions = _pack_visions(chunks, geometry, micro_rows, buckets.vision, row_multiple)
-    return [_lay_out(chunk, vision, micro_rows, seq, length) for chunk, vision in zip(chunks, visions, strict=True)]
+    two_samplers = any(row.sampler_log_probs is not None for row in rows)
+    return [
+        _lay_out(chunk, vision, micro_rows, seq, length, two_samplers)
+        for chunk, vision in zip(chunks, visions, strict=True)
+    ]
 
 
 def _pack_visions(
@@ -132,7 +140,9 @@ def _pack_visions(
     return [empty if vision is None else vision for vision in visions]
 
 
-def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int, seq: int, length: int) -> TrainBatch:
+def _lay_out(
+    rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int, seq: int, length: int, two_samplers: bool
+) -> TrainBatch:
     places = unique_images([row.prompt for row in rows])[1]
     text = TextBatch(
         token_ids=np.zeros((num_rows, seq), np.int32),
@@ -150,6 +160,8 @@ def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int
         "advantages": np.zeros(num_rows, np.float32),
         "fresh": np.zeros(num_rows, bool),
     }
+    if two_samplers:
+        arrays["sampler_log_probs"] = np.zeros((num_rows, length), np.float32)
     for r, row in enumerate(rows):
         start, count = len(row.prompt), len(row.completion_ids)
         text.token_ids[r, :start] = row.prompt.token_ids
@@ -166,6 +178,9 @@ def _lay_out(rows: Sequence[TrainRow], vision: VisionBatch | None, num_rows: int
         arrays["old_log_probs"][r, :count] = row.old_log_probs
         arrays["advantages"][r] = row.advantage
         arrays["fresh"][r] = row.fresh
+        if two_samplers:
+            known = row.old_log_probs if row.sampler_log_probs is None else row.sampler_log_probs
+            arrays["sampler_log_probs"][r, :count] = known
     if vision is not None:
         vision = dataclasses.replace(vision, merged_index=())  # host only: its shapes vary
     return TrainBatch(text=text, vision=vision, **arrays)

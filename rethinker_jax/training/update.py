@@ -14,11 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rethinker_jax.config import LossConfig
 from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.parts import join_params, split_params
+from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows
 from rethinker_jax.training.batch import TrainBatch
 from rethinker_jax.training.log_probs import token_log_probs
-from rethinker_jax.training.losses import clipped_policy_loss, token_weights
+from rethinker_jax.training.losses import POLICY_LOSSES, PolicyLoss, kl_estimate, token_weights, truncated_importance
 
 
 @no_type_check
@@ -59,6 +60,9 @@ class Updater:
 
     The state's places are pinned: left to the compiler they would differ after the first step, which would then be
     compiled twice, and optimizer moments would be whole on every device.
+
+    `reference`: with `loss.reference: start`, the parameters it was made with, without adapters (which begin as
+    nothing), in the dtype of computation; else empty. A run that goes on makes it again from `model.path`.
     """
 
     def __init__(self, rule: UpdateRule, params: Params, mesh: Mesh):
@@ -76,6 +80,7 @@ class Updater:
         average = split_params(shardings, rule.freeze)[0] if rule.average else {}
         places: Any = (shardings, opt_state, whole, whole, average)
         self._places = TrainState(*places)
+        self.reference = _copy_of(params, rule.dtype) if rule.loss.reference == "start" else {}
         self._step = jax.jit(
             functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole)
         )
@@ -109,15 +114,31 @@ class Updater:
     def _init_optimizer(self, params: Params) -> Any:
         return self.rule.optimizer.init(split_params(params, self.rule.freeze)[0])
 
-    def step(self, state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Make one optimizer step on micro-batches of equal shapes; `state` is donated."""
+    def step(
+        self, state: TrainState, batches: Sequence[TrainBatch], kl_coefficient: float | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Make one optimizer step on micro-batches of equal shapes; `state` is donated.
+
+        `kl_coefficient` is that of `loss.kl: loss`, where a controller moves it; None = the config's.
+        """
+        config = self.rule.loss
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
         # Rows lie behind the micro-batch axis; those of the positions behind time, height and width too.
-        return self._step(state, place_rows(stacked, self.mesh, 1, {"positions": 2}))
+        batch = place_rows(stacked, self.mesh, 1, {"positions": 2})
+        reference = {} if config.kl == "reward" else self.reference  # the KL is in the advantages already
+        coefficient = config.kl_coefficient if kl_coefficient is None else kl_coefficient
+        return self._step(state, batch, reference, np.float32(coefficient))
 
     def log_probs(self, params: Params, batch: TrainBatch) -> jax.Array:
         """Log-probs of the completions of `batch` under `params`, float32 [rows, length], without gradients."""
         return _log_probs(self.rule, params, place_rows(batch, self.mesh, 0, {"positions": 1}))
+
+
+def _copy_of(params: Params, dtype: Any) -> Params:
+    """The parameters without adapters, cast for computation, in arrays of their own: a step takes over the others."""
+    base = {part: leaves for part, leaves in params.items() if part != "lora"}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, cast_params(tree, dtype)), out_shardings=shardings)(base)
 
 
 def _completion_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
@@ -134,42 +155,78 @@ def _log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> jax.Array
 
 
 def _loss(
-    trained: Params, frozen: Params, rule: UpdateRule, batch: TrainBatch, counts: dict[str, jax.Array]
+    trained: Params,
+    frozen: Params,
+    rule: UpdateRule,
+    batch: TrainBatch,
+    counts: dict[str, jax.Array],
+    reference: Params,
+    kl_coefficient: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The batch's share of the global loss, and sums for the metrics."""
     config = rule.loss
     log_probs, entropy = _completion_log_probs(rule, join_params(trained, frozen), batch)
     weights = token_weights(
-        batch.loss_mask, batch.nll_mask, counts["policy"], counts["nll"], counts["rows"], config.aggregation
-    )
+        batch.loss_mask, batch.nll_mask, counts["policy"], counts["nll"], counts["rows"],
+        config.aggregation, config.constant_length,
+    )  # fmt: skip
     old = jnp.where(batch.loss_mask, batch.old_log_probs, jax.lax.stop_gradient(log_probs))
-    token_loss, ratio = clipped_policy_loss(log_probs, old, batch.advantages, config.clip_low, config.clip_high)
+    found = POLICY_LOSSES[config.policy](log_probs, old, batch.advantages, batch.loss_mask, config)
+    token_loss, sums = found.loss, {}
+    if config.importance_cap:
+        sampler = jnp.where(batch.loss_mask, batch.sampler_log_probs, old)
+        importance = truncated_importance(old, sampler, config.importance_cap)
+        token_loss = token_loss * importance
+        sums["importance_weight"] = jnp.sum(weights.entropy * importance)
+        sums["importance_cap_fraction"] = jnp.sum(weights.entropy * (importance >= config.importance_cap))
     policy = jnp.sum(weights.policy * token_loss)
     nll = jnp.sum(weights.nll * -log_probs)
     entropy_mean = jnp.sum(weights.entropy * entropy)
     loss = policy + config.nll_coefficient * nll - config.entropy_coefficient * entropy_mean
-    mask = batch.loss_mask
-    gap = jnp.where(mask & batch.fresh[:, None], jnp.abs(log_probs - batch.old_log_probs), 0.0)
+    if reference:
+        ref_log_probs = jax.lax.stop_gradient(_completion_log_probs(rule, reference, batch)[0])
+        kl = kl_estimate(log_probs, ref_log_probs, config.kl_estimator)
+        sums["kl"] = jnp.sum(weights.entropy * kl)
+        if config.kl == "loss":
+            sums["kl_loss"] = jnp.sum(weights.policy * kl)
+            loss = loss + kl_coefficient * sums["kl_loss"]
+    sums |= {"loss": loss, "policy_loss": policy, "nll": nll, "entropy": entropy_mean}
+    return loss, sums | _ratio_metrics(found, log_probs, batch, weights.entropy, counts, config)
+
+
+def _ratio_metrics(
+    found: PolicyLoss,
+    log_probs: jax.Array,
+    batch: TrainBatch,
+    token_mean: jax.Array,
+    counts: dict[str, jax.Array],
+    config: LossConfig,
+) -> dict[str, jax.Array]:
+    """Sums for the metrics of how far policy, old policy and sampler lie apart; `token_mean` weighs policy tokens."""
+    gap = jnp.where(batch.loss_mask & batch.fresh[:, None], jnp.abs(log_probs - batch.old_log_probs), 0.0)
     sums = {
-        "loss": loss,
-        "policy_loss": policy,
-        "nll": nll,
-        "entropy": entropy_mean,
-        "ratio": jnp.sum(weights.entropy * ratio),
-        "clip_low_fraction": jnp.sum(
-            weights.entropy * ((ratio < 1 - config.clip_low) & (batch.advantages[:, None] < 0))
-        ),
-        "clip_high_fraction": jnp.sum(
-            weights.entropy * ((ratio > 1 + config.clip_high) & (batch.advantages[:, None] > 0))
-        ),
+        "ratio": jnp.sum(token_mean * found.ratio),
+        "clip_low_fraction": jnp.sum(token_mean * found.clipped_low),
+        "clip_high_fraction": jnp.sum(token_mean * found.clipped_high),
         "sampler_trainer_gap": jnp.sum(gap) / jnp.maximum(counts["fresh"], 1.0),
         "sampler_trainer_gap_max": jnp.max(gap),
     }
-    return loss, sums
+    if config.dual_clip:
+        sums["dual_clip_fraction"] = jnp.sum(token_mean * found.clipped_dual)
+    return sums
 
 
-def update_step(rule: UpdateRule, state: TrainState, batches: TrainBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The step itself: arrays in, new state and metrics out. Arrays of `batches` begin with [micro_batches, ...]."""
+def update_step(
+    rule: UpdateRule,
+    state: TrainState,
+    batches: TrainBatch,
+    reference: Params | None = None,
+    kl_coefficient: jax.Array | float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The step itself: arrays in, new state and metrics out. Arrays of `batches` begin with [micro_batches, ...].
+
+    `reference`: parameters that the KL is measured to; None or empty = no KL.
+    """
     counts = {
         "policy": batches.loss_mask.sum().astype(jnp.float32),
         "nll": batches.nll_mask.sum().astype(jnp.float32),
@@ -180,7 +237,7 @@ def update_step(rule: UpdateRule, state: TrainState, batches: TrainBatch) -> tup
     gradient = jax.grad(_loss, has_aux=True)
 
     def accumulate(total: Params, batch: TrainBatch) -> tuple[Params, dict[str, jax.Array]]:
-        grads, sums = gradient(trained, frozen, rule, batch, counts)
+        grads, sums = gradient(trained, frozen, rule, batch, counts, reference or {}, kl_coefficient)
         return jax.tree.map(jnp.add, total, grads), sums
 
     zeros = jax.tree.map(jnp.zeros_like, trained)
