@@ -1,6 +1,5 @@
 """Out to Hugging Face: a run or checkpoint becomes a directory that transformers and vLLM load."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,18 +16,11 @@ from rethinker_jax.config import MeshConfig
 from rethinker_jax.config_file import load_config
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
+from rethinker_jax.evaluation.runs import find_run
+from rethinker_jax.evaluation.trained import COMPANIONS, checkpoint_of, load_trained
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weights import checkpoint_bytes, save_params
-from rethinker_jax.system import load_system, make_updater
-from rethinker_jax.training.checkpoint import CheckpointStore
-
-# What is not a weight and travels with it.
-COMPANIONS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 def export(source: Path, output: Path) -> Path:
@@ -38,29 +30,21 @@ def export(source: Path, output: Path) -> Path:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"export: {output} is there and not an empty directory. Name a new one.")
-    step = int(source.name) if source.parent.name == "checkpoints" and source.name.isdigit() else None
-    run = source.parent.parent if step is not None else source
-    if not (run / "config.yaml").is_file() or not (run / "checkpoints").is_dir():
+    found = find_run(source)
+    if found is None:
         raise UserError(
             f"export: wanted a run directory with config.yaml and checkpoints/, or one of its checkpoints; "
             f"came {source}."
         )
-    config = dataclasses.replace(load_config(run / "config.yaml", []), mesh=MeshConfig())
+    config = dataclasses.replace(load_config(found[0] / "config.yaml", []), mesh=MeshConfig())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         raise UserError(f"export: --output {output}: cannot be written ({error.strerror}).") from error
     start_jax(config)
-    system = load_system(config)
-    updater = make_updater(config, system, 1, config.loss)
-    with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
-        if store.latest_step is None:
-            raise UserError(f"export: {store.directory} holds no complete checkpoint. Let the run reach its first one.")
-        shapes = updater.shapes(system.params)
-        system.drop_params()
-        saved = store.restore(shapes, system.mesh, step)
-    write_model_directory(system.directory, output, system.model.config, system.merged_params(saved.state.params))
+    system, params = load_trained(checkpoint_of(*found, config))
+    write_model_directory(system.directory, output, system.model.config, system.merged_params(params))
     print(output)
     return output
 

@@ -1,7 +1,16 @@
-"""What a command is asked besides its config: the options of `sample` and `score`."""
+"""What a command is asked besides its config: the options of `sample`, `score` and `evaluate`."""
 
 import dataclasses
 from pathlib import Path
+
+# For the help of `evaluate`, which must not wait for the modules that know them.
+EVALUATE_NAMES = """\
+benchmarks: rows mathvista mathverse mathverse_text_only mathvision mathvision_testmini mmmu mmmu_pro_standard4
+  mmmu_pro_standard10 mmmu_pro_vision emma emma_mini mega_bench hallusionbench geometry3k mm_math refcoco cure
+  vl_rethinker
+protocols (without one, for one sample and for several: own and own_sampled for rows, else vl_rethinker and
+  vl_rethinker_sampled): own own_sampled vl_rethinker vl_rethinker_8192 vl_rethinker_rethink
+  vl_rethinker_sampled openvlthinker openvlthinker_qwen maye maye_sampled maye_pass8 limit_of_rlvr"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,7 @@ class ScoreOptions:
 class EvaluateOptions:
     """`evaluate`: n completions for every item of a benchmark.
 
-    `data` None is the benchmark's published place; `protocol` "" is its own. `shard` (I, N): of the items by id, those
+    `data` None is the benchmark's published place. `shard` (I, N): of the items by id, those
     whose number is I modulo N. `force_rethink`: every completion that ends gets a trigger and goes on.
     """
 

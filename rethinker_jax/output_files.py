@@ -126,28 +126,48 @@ def appending(output: Path, finished: Mapping[str, Sequence[bytes]], asked: Row)
 
     Raises UserError while another process appends to it.
     """
-    with _alone(output):
-        write_whole(asked_path(output), json.dumps(asked, indent=2) + "\n")
-        write_whole(output, b"".join(line + b"\n" for lines in finished.values() for line in lines).decode())
-        with output.open("a", encoding="utf-8") as file:
-            yield file
+    with alone(output), begun(output, finished, asked) as file:
+        yield file
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Generator[None]:
-    """Hold a file beside `output`; the lock goes with the process, so a killed one leaves none."""
+def begun(output: Path, finished: Mapping[str, Sequence[bytes]], asked: Row) -> Generator[TextIO]:
+    """The same for who holds `alone(output)` already, so that nobody adds lines after `finished` was read."""
+    write_whole(asked_path(output), json.dumps(asked, indent=2) + "\n")
+    write_whole(output, b"".join(line + b"\n" for lines in finished.values() for line in lines).decode())
+    with output.open("a", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Generator[None]:
+    """Hold a file beside `output`; the lock goes with the process, so a killed one leaves none.
+
+    Raises UserError while another process holds it.
+    """
     path = output.with_name(f".{output.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"--output: another process is writing {output}. Wait for it, or name another file."
-            ) from error
+    with _locked(path, output):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, output: Path) -> TextIO:
+    """`path`, opened and locked, and still there: its last holder may have removed it before we locked it."""
+    while True:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(
+                f"--output: another process is writing {output}. Wait for it, or name another file."
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def line_writer(file: io.TextIOBase | TextIO) -> Callable[[Row], None]:

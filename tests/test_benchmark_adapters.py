@@ -404,7 +404,8 @@ def test_refcoco_in_other_spellings(images: Path) -> None:
 
 
 def test_cure_chains(images: Path) -> None:
-    """Catches the one JSON list in a .jsonl file, gt counted from 1, and the clue (a step's answer) in a prompt."""
+    """Catches the one JSON list in a .jsonl file, gt counted from 1, the clue (a step's answer) in a prompt, and
+    corners in pixels of a picture whose size a model that sees it resized cannot know."""
     (images / "VG_100K").mkdir()
     (images / "VG_100K" / "7.jpg").write_bytes(png())
     found = read("cure", images)
@@ -413,7 +414,8 @@ def test_cure_chains(images: Path) -> None:
     assert len({item.cluster for item in found.items}) == len({item.categories["chain"] for item in found.items}) == 1
     assert len({item.problem.id for item in found.items}) == 3
     assert right(final, "C") and right(first, "A") and right(second, "F") and not right(final, "B")
-    assert "[10, 20, 40, 60]" in final.problem.question and "fruit" not in final.problem.question
+    assert "[10, 20, 40, 60]" in final.problem.question and "28 x 28" in final.problem.question
+    assert "fruit" not in final.problem.question
     assert found.bad_kinds == {"image_missing": 1}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from benchmark_cases import record, samples
 
-from rethinker_jax.benchmarks.boundary import perplexity, sampling_efficiency_gap, solvable_sets
+from rethinker_jax.benchmarks.boundary import solvable_sets
 from rethinker_jax.benchmarks.compare import Run, compare, compare_all, read_run, sign_test
 from rethinker_jax.benchmarks.exports import (
     lm_eval_results,
@@ -103,6 +103,9 @@ def test_runs_are_read_with_their_generations(tmp_path):
     found = read_run(path)
     assert found.name == "seven" and [item.id for item in found.items] == ["q000", "q001"]
     whole = json.loads(path.read_text())
+    write_records(generations_path(path), records[1:])
+    with pytest.raises(UserError, match=r"over 2 scored items, and .* holds 1"):
+        read_run(path)
     interval = {"value": math.nan, "low": 0, "high": 1}
     for key, value in [
         ("benchmark", 1), ("protocol", None), ("accuracy", interval), ("accuracy", 0.5), ("lenient_accuracy", {}),
@@ -130,22 +133,18 @@ def test_solvable_sets_take_equally_many_samples():
         solvable_sets(a, b, 4)
 
 
-def test_sampling_efficiency_gap():
-    """Catches the trained model's pass@k in it. Base pass@4: x 1, y 0; trained pass@1: x 1/2, y 1/2."""
-    base = group_records(samples("x", "+---") + samples("y", "----"))
-    tuned = group_records(samples("x", "+-") + samples("y", "-+"))
-    assert sampling_efficiency_gap(base, tuned, 4) == 0.0
-    assert sampling_efficiency_gap(base, tuned, 1) == pytest.approx(1 / 8 - 1 / 2)
-    with pytest.raises(UserError, match="wanted 256"):
-        sampling_efficiency_gap(base, tuned)
-
-
-def test_perplexity():
-    """Catches log2, a sum for a mean, and an overflow at a token of probability 0."""
-    assert perplexity([math.log(1 / 2), math.log(1 / 8)]) == pytest.approx(4)
-    assert math.isfinite(perplexity([-1e30]))
-    with pytest.raises(ValueError, match="at least one"):
-        perplexity([])
+def test_boxes_pair_whatever_the_size_of_the_picture():
+    """Catches items that are lost to a comparison because one model saw the picture at twice the size."""
+    small, large, other = (
+        samples("x", sign, type="bbox", answer=answer, question=question)
+        for sign, answer, question in (
+            ("+", "[1, 2, 3, 4]", "Where?"), ("-", '[{"bbox_2d": [2, 4, 6, 8]}]', "Where?"), ("+", "[1]", "What?"),
+        )
+    )  # fmt: skip
+    found = compare(run("a", small), run("b", large))
+    assert (found.num_paired, found.changed, found.difference.value) == (1, (), -1.0)
+    with pytest.raises(UserError, match="no item in common"):
+        compare(run("a", small), run("b", other))
 
 
 def exported():

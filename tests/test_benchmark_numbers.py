@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from pathlib import Path
 
 import pytest
 from benchmark_cases import record, samples
@@ -176,16 +177,23 @@ def test_records_survive_the_file(tmp_path):
 
 
 def test_a_torn_last_line(tmp_path):
-    """Catches a torn line that is dropped unasked, and a whole file that cannot be read for it."""
+    """Catches a torn line that is dropped unasked, and a whole file that cannot be read for its last line end."""
     path = tmp_path / "x.jsonl"
     first, second = encode_record(record("a")), encode_record(record("b"))
     path.write_text(first + second[:50])
-    assert read_records(path, torn_ok=True) == [record("a")]
     with pytest.raises(UserError, match="line 2: not JSON"):
         read_records(path)
     path.write_text(first + second.rstrip("\n"))
     assert len(read_records(path)) == 2
-    assert len(read_records(path, torn_ok=True)) == 1  # whoever appends goes on behind the last line end
+
+
+@pytest.mark.parametrize(
+    ("result", "generations"),
+    [("out.json", "out"), ("out", "out"), ("out.7b", "out.7b"), ("out.72b.json", "out.72b")],
+)
+def test_files_beside_a_result(result, generations):
+    """Catches `a.7b` and `a.72b` in one file of generations, `a`."""
+    assert generations_path(Path("d") / result) == Path("d") / f"{generations}.generations.jsonl"
 
 
 def broken(**changes):
@@ -218,7 +226,7 @@ def test_lines_that_are_no_records_are_named(tmp_path, line, message):
     path = tmp_path / "x.jsonl"
     path.write_text(encode_record(record("a")) + "\n" + line + "\n" + encode_record(record("c")))
     with pytest.raises(UserError, match=r"x\.jsonl, line 3: ") as error:
-        read_records(path, torn_ok=True)
+        read_records(path)
     assert message in str(error.value)
 
 

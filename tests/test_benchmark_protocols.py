@@ -1,12 +1,20 @@
 """Protocols: the text that the model is shown, to the byte, and the settings of published numbers."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
+from rethinker_jax.benchmarks.catalog import BENCHMARKS, ROWS
 from rethinker_jax.benchmarks.items import Item
-from rethinker_jax.benchmarks.protocols import PROTOCOLS, find_protocol, keeps, problem_of, settings_of
+from rethinker_jax.benchmarks.protocols import PROTOCOLS, find_protocol, keeps, problem_of
+from rethinker_jax.config import Config
+from rethinker_jax.config_file import load_defaults, save_config
 from rethinker_jax.errors import UserError
+from rethinker_jax.evaluation.asks import choose_protocol, overrides_of
+from rethinker_jax.evaluation.runs import find_run, trained_as
+from rethinker_jax.options import EVALUATE_NAMES
 from rethinker_jax.prompts.template import content_parts, prompt_template
 from rethinker_jax.types import Problem
 
@@ -111,9 +119,31 @@ def test_images_first_are_named_in_their_order() -> None:
 def test_settings(name: str, temperature: float, top_p: float, top_k: int, max_new_tokens: int, n: int) -> None:
     """Catches a protocol that samples where the published number is greedy, or cuts off earlier."""
     protocol = find_protocol(name)
-    found = settings_of(protocol)
+    found = load_defaults(overrides_of(protocol, Config().data)).sampling
     assert (found.temperature, found.top_p, found.top_k) == (temperature, top_p, top_k)
     assert (found.max_new_tokens, protocol.decoding.n) == (max_new_tokens, n)
+
+
+def test_rows_of_ones_own_are_asked_as_in_training(tmp_path: Path) -> None:
+    """Catches a model of small pictures and bare questions that is asked in VL-Rethinker's way."""
+    assert [choose_protocol("", n, "rows").name for n in (None, 1, 8)] == ["own", "own", "own_sampled"]
+    assert [choose_protocol("", n, "mmmu").name for n in (1, 8)] == ["vl_rethinker", "vl_rethinker_sampled"]
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    save_config(load_defaults(["data.prompt_template=rethink", "data.max_pixels=99999"]), tmp_path / "config.yaml")
+    assert find_run(tmp_path / "checkpoints" / "7") == (tmp_path, 7) and find_run(tmp_path) == (tmp_path, None)
+    for model, template, max_pixels in (
+        ("example", "none", 0), (str(tmp_path), "rethink", 99_999), (str(tmp_path / "elsewhere"), "default", 0),
+    ):  # fmt: skip
+        data = load_defaults(overrides_of(find_protocol("own"), trained_as(model))).data
+        assert (data.prompt_template, data.max_pixels) == (template, max_pixels)
+        other = load_defaults(overrides_of(find_protocol("vl_rethinker"), trained_as(model))).data
+        assert (other.prompt_template, other.max_pixels) == ("default", 1_003_520)
+
+
+def test_the_help_names_them_all() -> None:
+    """Catches a benchmark or a protocol that a user would have to guess."""
+    told = set(re.findall(r"\w+", EVALUATE_NAMES))
+    assert {*BENCHMARKS, ROWS, *PROTOCOLS} <= told
 
 
 def test_pixels_and_extraction() -> None:

@@ -50,15 +50,15 @@ def test_published_numbers_as_printed():
 def test_results_stand_beside_published_numbers():
     """Catches shares for percents, published rows of other benchmarks, and numbers without source and protocol."""
     results = [
-        ("mine", result("+++-", n=1, template="default")),
-        ("mine", result("+-", "mathverse", n=1, template="default")),
-        ("other", result("--", n=1, template="default")),
+        ("mine", result("+++-", name="vl_rethinker", temperature=0.0)),
+        ("mine", result("+-", "mathverse", name="vl_rethinker", temperature=0.0)),
+        ("other", result("--", name="vl_rethinker", temperature=0.0)),
     ]
     table = results_table(results, published_numbers())
     assert table.header == ("model", "mathvista", "mathverse", "source", "protocol")
     first, second = table.rows[:2]
     assert first[0] == "mine" and first[1].startswith("75.0 (") and first[2].startswith("50.0 (")
-    assert first[3:] == ("this evaluation", "n=1, template=default")
+    assert first[3:] == ("this evaluation", "name=vl_rethinker, samples=1, temperature=0.0")
     assert second[2] == "–"
     rows = {(row[0], row[3]): row for row in table.rows}
     row = rows["VL-Rethinker-7B", "VL-Rethinker, arXiv 2504.08837v3, Table 2"]
@@ -71,6 +71,28 @@ def test_two_protocols_of_one_model_are_two_rows():
     """Catches the second number overwriting the first."""
     table = results_table([("m", result("+", n=1)), ("m", result("-", n=8))])
     assert [row[1][:3] for row in table.rows] == ["100", "0.0"]
+
+
+def test_several_seeds_are_one_cell():
+    """Catches a row a seed, a population's deviation, and one result that is there twice taken for two seeds.
+
+    Of 4 items 3, 2 and 1 are right: 75, 50, 25, mean 50, deviation sqrt((25² + 0 + 25²) / 2) = 25.
+    """
+    seeds = [("m", result(signs) | {"made_by": {"seed": n}}) for n, signs in enumerate(("+++-", "++--", "+---"))]
+    assert [row[1] for row in results_table(seeds).rows] == ["50.0 ± 25.0 (3 seeds)"]
+    assert [row[1][:4] for row in results_table([seeds[0], seeds[0]]).rows] == ["75.0", "75.0"]
+    other = ("m", result("+++-", temperature=1) | {"made_by": {"seed": 5}})
+    assert [row[1][:4] for row in results_table([seeds[0], other]).rows] == ["75.0", "75.0"]
+
+
+def test_mmmu_pro_is_the_mean_of_its_parts():
+    """Catches the published MMMU-Pro without a number beside it, and a mean of one part. (75 + 50) / 2 = 62.5."""
+    parts = [("m", result("+++-", "mmmu_pro_standard10")), ("m", result("+-", "mmmu_pro_vision"))]
+    table = results_table(parts, published_numbers())
+    assert table.header[1:4] == ("mmmu_pro_standard10", "mmmu_pro_vision", "mmmu_pro")
+    assert table.rows[0][3] == "62.5 (mean of 2)"
+    assert ("VL-Rethinker-7B", "41.7") in {(row[0], row[3]) for row in table.rows}
+    assert results_table(parts[:1], published_numbers()).header[1:-2] == ("mmmu_pro_standard10",)
 
 
 def test_categories_and_comparisons():

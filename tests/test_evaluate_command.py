@@ -20,27 +20,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from rethinker_jax.benchmarks.catalog import read_benchmark
-from rethinker_jax.benchmarks.lenient import lenient_answer, lenient_response
 from rethinker_jax.benchmarks.record_files import read_records, write_records
 from rethinker_jax.benchmarks.records import Record
-from rethinker_jax.config import Config, VerifierConfig
+from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config, save_config
 from rethinker_jax.evaluation.asks import asks_of, choose_protocol
-from rethinker_jax.evaluation.judging import Judging, as_judged
 from rethinker_jax.example.dataset import write_split
 from rethinker_jax.main import main
+from rethinker_jax.output_files import alone
 from rethinker_jax.system import load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.verify.judge import judge
-from rethinker_jax.verify.pool import VerifierPool
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT_S = 300
 N, NUM_ITEMS = 2, 8
 ASK = ("evaluate", "--model", "example", "--benchmark", "rows", "--data", "rows.parquet")
 SMALL = (
-    "data.prompt_template=none", "data.min_pixels=0", "data.max_pixels=0", "sampling.max_new_tokens=24",
-    "sampling.steps_per_call=8", "evaluation.batch_size=2",
+    "sampling.max_new_tokens=24", "sampling.steps_per_call=8", "evaluation.batch_size=2",
 )  # fmt: skip
 RESULT_FILES = ("{}.json", "{}.generations.jsonl", "{}.generations.jsonl.asked.json")
 
@@ -59,6 +56,10 @@ def result_of(name: str) -> dict[str, Any]:
 
 def records_of(name: str) -> list[Record]:
     return read_records(Path(f"{name}.generations.jsonl"))
+
+
+def any_right(name: str, id: str) -> bool:
+    return any(record.correct for record in records_of(name) if record.id == id)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_a_result_says_what_made_it() -> None:
     """Catches a number that nobody could make again."""
     result = result_of("whole")
     protocol, made_by, verdicts_by = result["protocol"], result["made_by"], result["judge"]
-    assert protocol["name"] == "vl_rethinker_sampled" and protocol["temperature"] == 0.6
+    assert protocol["name"] == "own_sampled" and protocol["temperature"] == 0.6
     assert protocol["max_new_tokens"] == 24 and protocol["prompt_template"] == "none"  # overrides win
     assert (protocol["min_pixels"], protocol["max_pixels"]) == (784, 50176)  # the model directory's own, written out
     assert made_by["seed"] == 0 and made_by["model"] == "example" and made_by["data"] == "rows.parquet"
@@ -120,6 +121,7 @@ def test_a_result_says_what_made_it() -> None:
 def test_killed_and_started_again_it_ends_as_the_straight_run() -> None:
     """Catches items drawn twice or lost, a torn line that is kept, and noise that depends on what is left to draw."""
     words = [*ASK, "--n", str(N), "--output", "killed.json", *SMALL]
+    words += ["sampling.num_slots=1", "sampling.steps_per_call=1"]  # slow, so that it can be killed in the middle
     lines = Path("killed.generations.jsonl")
     with Path("killed.log").open("wb") as log:
         process = subprocess.Popen(
@@ -270,6 +272,12 @@ def test_comparison_tables_and_exports(capsys: pytest.CaptureFixture[str]) -> No
         shutil.copy(f"whole{suffix}", f"twin{suffix}")
     assert main(["evaluate", "--compare", "whole.json", "twin.json"]) == 0
     assert "| whole | twin | 8 | +0.0" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", "whole.json", "twin.json", "--output", "pairs.json"]) == 0
+    (pair,) = json.loads(Path("pairs.json").read_text())
+    solved = [id for id in {one.id for one in records_of("whole")} if any_right("whole", id)]
+    assert sorted(pair["solvable"]["both"]) == sorted(solved) and pair["solvable"]["only_a"] == []
+    assert main(["evaluate", "--table", "markdown", "whole.json", "--by", "source"]) == 0
+    assert capsys.readouterr().out.startswith("| source | items | whole |")
     value = f"{100 * result_of('whole')['accuracy']['value']:.1f}"
     for form, sign in (("markdown", "|"), ("latex", "&"), ("csv", ",")):
         assert main(["evaluate", "--table", form, "whole.json"]) == 0
@@ -308,7 +316,7 @@ def test_perplexity_is_that_of_score(capsys: pytest.CaptureFixture[str]) -> None
     records = records_of("whole")
     assert all(record.finish_reason == "stop" for record in records)  # `score` puts an end token behind every text
     rows = {row["id"]: row for row in pq.read_table("rows.parquet").to_pylist()}
-    asks = asks_of(read_benchmark("rows", "rows.parquet").items, choose_protocol("", N))
+    asks = asks_of(read_benchmark("rows", "rows.parquet").items, choose_protocol("", N, "rows"))
     asked = {ask.problem.id: {"question": ask.problem.question, "choices": []} for ask in asks}  # options in the text
     given = [
         rows[one.id] | asked[one.id] | {"id": f"{one.id}-{one.sample}", "completion": one.completion} for one in records
@@ -324,6 +332,10 @@ def test_perplexity_is_that_of_score(capsys: pytest.CaptureFixture[str]) -> None
     assert (found["num_tokens"], found["num_completions"]) == (len(flat), len(records))
     assert found["nll_per_token"] == pytest.approx(sum(flat) / len(flat), rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-4)
+    # Half a character, which no tokenizer takes, is no traceback.
+    write_records(Path("odd.generations.jsonl"), [dataclasses.replace(records[0], completion="a\ud800"), *records[1:]])
+    shutil.copy("whole.generations.jsonl.asked.json", "odd.generations.jsonl.asked.json")
+    assert main(["evaluate", "--perplexity", "odd.generations.jsonl", "--model", "example"]) == 0
 
 
 def test_a_run_directory_and_a_checkpoint_are_models(capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +381,9 @@ ROWS = ("--benchmark", "rows", "--data", "rows.parquet", "--output", "new.json")
         (("--benchmark", "rows", "--data", "row.parquet", "--output", "new.json"), "did you mean rows.parquet"),
         (("--benchmark", "rows", "--data", "rows.parquet"), "wanted --benchmark NAME and --output FILE"),
         (("--benchmark", "rows", "--data", "rows.parquet", "--output", "/proc/new.json"), "cannot be written"),
-        (("--regrade", "whole.json"), "ends in .generations.jsonl"),
+        (("--regrade", "no.json"), "no.generations.jsonl"),
+        ((*ROWS[:-1], "whole.generations.jsonl"), "is of a file beside a result"),
+        (("--table", "csv", "whole.json", "--by", "sorce"), "did you mean source?"),
         (("--regrade", "no.generations.jsonl"), "no.generations.jsonl"),
         (("--merge", "whole.generations.jsonl"), "--merge wants --output"),
         (("--compare", "whole.json"), "two or more"),
@@ -377,6 +391,12 @@ ROWS = ("--benchmark", "rows", "--data", "rows.parquet", "--output", "new.json")
         (("--table", "csv"), "wanted result files"),
         (("--export", "lm_eval", "whole.json"), "--export wants --output DIR"),
         (("--table", "csv", "whole.json", "--compare", "whole.json"), "wanted one of --compare and --table"),
+        (
+            ("--regrade", "whole.json", "--n", "3", "--force-rethink"),
+            "--regrade does not read --n and --force-rethink",
+        ),
+        (("--perplexity", "whole.json", "--benchmark", "rows"), "--perplexity does not read --benchmark"),
+        ((*ROWS, "--by", "source"), "an evaluation does not read --by"),
         (("--perplexity", "no.generations.jsonl"), "no.generations.jsonl"),
     ],
 )
@@ -389,51 +409,11 @@ def test_bad_requests(words: tuple[str, ...], part: str, capsys: pytest.CaptureF
     assert sorted(path.name for path in Path().iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        (r"So \boxed{7}, the answer is 8", "7"),  # the training rule goes first
-        ("The answer is 5. I checked it.", "5"),
-        ("Its answer is 3.\nNo: the final answer is **(B)** because it is blue.", "(B)"),
-        ("**Final Answer:** D", "D"),
-        ("Answer: B. 12 cm", "B"),
-        ("x = 3\nThus it is 12.5 cm.", "12.5"),
-        ("I take option (C).", "C"),
-        ("So we get 3/4", "3/4"),
-        ("Yes", "Yes"),
-        ("I have no idea what this could possibly mean", None),  # no guess
-        ("", None),
-    ],
-)
-def test_any_stated_answer(response: str, answer: str | None) -> None:
-    """Catches an answer from the wrong place, and one that is made up."""
-    assert lenient_answer(response) == answer
-    if answer is not None:
-        assert judge(lenient_response(response), answer).correct
-
-
-def record(completion: str, answer: str, alternatives: tuple[str, ...] = ()) -> Record:
-    return Record(
-        id="q", sample=0, question="?", answer=answer, choices=(), type="auto", categories={}, cluster="", scored=True,
-        completion=completion, finish_reason="stop", num_tokens=1, verdict="no_answer", extracted=None, rule="",
-        lenient="no_answer", alternatives=alternatives,
-    )  # fmt: skip
-
-
-def test_strict_lenient_and_several_golds() -> None:
-    """Catches a lenient verdict below the strict one, a second gold that is not asked, and tags that are not read."""
-    given = [record(r"\boxed{4}", "4"), record("The answer is 4.", "4"), record(r"\boxed{5}", "4", ("6", "5"))]
-    given.append(record(r"The answer is 4. \boxed{5}", "4"))  # the box is what it commits to
-    tagged = [record(r"\boxed{4} <answer>5</answer>", "5"), record(r"\boxed{4}", "4")]
-    with VerifierPool(VerifierConfig()) as pool:
-        judging = Judging(pool)
-        judging.submit(given)
-        boxed = judging.ready(wait=True)
-        judging = Judging(pool, "answer_tag")
-        judging.submit(tagged)
-        tags = judging.ready(wait=True)
-    assert [(one.verdict, one.lenient) for one in boxed] == [
-        ("correct", "correct"), ("no_answer", "correct"), ("correct", "correct"), ("wrong", "wrong"),
-    ]  # fmt: skip
-    assert [(one.verdict, one.lenient) for one in tags] == [("correct", "correct"), ("no_answer", "correct")]
-    assert as_judged("Answer: 7\nwell", "boxed_or_line") == ["Answer: 7\nwell", "<answer>7</answer>"]
+def test_two_processes_do_not_share_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches lines of two processes between each other, and a second one that begins the file anew."""
+    before = contents("whole")
+    with alone(Path("whole.generations.jsonl").resolve()):
+        assert evaluate("whole") == 2 and "another process is writing" in capsys.readouterr().err
+        assert main(["evaluate", "--regrade", "whole.json"]) == 2
+    assert contents("whole") == before
+    assert not list(Path().glob(".*.lock"))

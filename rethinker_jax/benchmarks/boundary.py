@@ -5,11 +5,9 @@ options, where guessing solves everything.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 from rethinker_jax.benchmarks.groups import ItemSamples
-from rethinker_jax.benchmarks.pass_at_k import pass_at_k_values
 from rethinker_jax.errors import UserError
 
 
@@ -44,31 +42,6 @@ def solvable_sets(a: Sequence[ItemSamples], b: Sequence[ItemSamples], num_sample
         only_b=tuple(names[False, True]),
         neither=tuple(names[False, False]),
     )
-
-
-def sampling_efficiency_gap(base: Sequence[ItemSamples], tuned: Sequence[ItemSamples], k: int = 256) -> float:
-    """ΔSE: pass@k of the base model minus pass@1 of the trained one, over the items that both have; lower is better.
-
-    Raises UserError where an item of the base model has fewer than k samples, or none is shared.
-    """
-    pairs = shared_items(base, tuned)
-    fewest = min((left.num_samples for left, _ in pairs), default=0)
-    if fewest < k:
-        raise UserError(
-            f"wanted {k} samples of every item of the base model, came {fewest}; draw more or take a lower k"
-        )
-    reachable = pass_at_k_values([left for left, _ in pairs], [k])[:, 0]
-    return (math.fsum(reachable) - math.fsum(right.accuracy for _, right in pairs)) / len(pairs)
-
-
-def perplexity(log_probs: Sequence[float]) -> float:
-    """exp of the mean negative log-prob of a completion's tokens (natural log, as `score` writes them).
-
-    Of a trained model's samples under its base model: low where the base model would have written them too.
-    """
-    if not log_probs:
-        raise ValueError("a perplexity wants at least one token, came none")
-    return math.exp(min(700.0, -math.fsum(log_probs) / len(log_probs)))
 
 
 def shared_items(a: Sequence[ItemSamples], b: Sequence[ItemSamples]) -> list[tuple[ItemSamples, ItemSamples]]:

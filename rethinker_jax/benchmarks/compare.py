@@ -20,6 +20,7 @@ from rethinker_jax.benchmarks.boundary import SolvableSets, shared_items, solvab
 from rethinker_jax.benchmarks.groups import ItemSamples, group_records, item_of
 from rethinker_jax.benchmarks.intervals import Interval, mean_intervals
 from rethinker_jax.benchmarks.record_files import generations_path, read_records
+from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.errors import UserError
 
 
@@ -75,8 +76,14 @@ class Comparison:
 def read_run(path: Path, name: str = "") -> Run:
     """A result file and the generations beside it. Raises UserError."""
     result = read_result(path)
-    items = group_records(read_records(generations_path(path)))
-    return Run(name or path.stem, result, tuple(item for item in items if item.first.scored))
+    generations = generations_path(path)
+    items = tuple(item for item in group_records(read_records(generations)) if item.first.scored)
+    if len(items) != result["num_problems"]:
+        raise UserError(
+            f"{path} is over {result['num_problems']} scored items, and {generations} holds {len(items)}: they do not "
+            "belong together. Judge the generations again (--regrade), or evaluate again."
+        )
+    return Run(name or path.stem, result, items)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def compare(a: Run, b: Run) -> Comparison:
             f"{b.result['benchmark']!r}"
         )
     shared = shared_items(a.items, b.items)
-    pairs = [(left, right) for left, right in shared if item_of(left.first) == item_of(right.first)]
+    pairs = [(left, right) for left, right in shared if _same_item(left.first, right.first)]
     if not pairs:
         raise UserError(f"{a.name} and {b.name} have no item in common: compare evaluations of the same data")
     differences = np.array([right.accuracy - left.accuracy for left, right in pairs])
@@ -169,6 +176,13 @@ def compare(a: Run, b: Run) -> Comparison:
         flips=_flips(pairs),
         solvable=solvable_sets([left for left, _ in pairs], [right for _, right in pairs]),
     )
+
+
+def _same_item(a: Record, b: Record) -> bool:
+    """Gold boxes are in pixels of the image that each model saw, so they may differ in nothing but scale."""
+    if a.type == b.type == "bbox" or ("bbox" in a.answer and "bbox" in b.answer):
+        b = dataclasses.replace(b, answer=a.answer)
+    return item_of(a) == item_of(b)
 
 
 def sign_test(wins: int, losses: int) -> float:

@@ -12,7 +12,6 @@ from typing import Literal
 
 from rethinker_jax.benchmarks.items import Item
 from rethinker_jax.benchmarks.wording import with_choices
-from rethinker_jax.config import SamplingConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.prompts.template import IMAGE_TAG
 from rethinker_jax.types import Problem
@@ -120,7 +119,11 @@ _LIMIT_OF_RLVR = Protocol(
     "The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}.",
     keep="free_form",
 )
+# For rows of one's own: template and pixel bounds are those that the model was trained with, where that is known.
+_OWN = Protocol(name="own", source="as the model was trained", decoding=Decoding(temperature=0.0), template="default")
 _ALL = (
+    _OWN,
+    dataclasses.replace(_OWN, name="own_sampled", decoding=Decoding(0.6, top_p=0.95, top_k=40, n=8)),
     _VL_RETHINKER,
     # `generate_max_len` 8192 of the script bounds only the context of the engine; numbers said to be of 8,192 tokens.
     dataclasses.replace(
@@ -160,17 +163,6 @@ def find_protocol(name: str) -> Protocol:
 def keeps(item: Item, protocol: Protocol) -> bool:
     """Is the item part of what the protocol measures?"""
     return protocol.keep == "all" or not (item.problem.choices or item.problem.type == "mcq")
-
-
-def settings_of(protocol: Protocol) -> SamplingConfig:
-    """The sampler's settings; the number of samples is `protocol.decoding.n`."""
-    decoding = protocol.decoding
-    return SamplingConfig(
-        temperature=decoding.temperature,
-        top_k=decoding.top_k,
-        top_p=decoding.top_p,
-        max_new_tokens=decoding.max_new_tokens,
-    )
 
 
 def problem_of(item: Item, protocol: Protocol) -> Problem:

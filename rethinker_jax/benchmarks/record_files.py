@@ -22,7 +22,6 @@ _KNOWN = {field.name for field in dataclasses.fields(Record)}
 _TEXTS = ("id", "question", "answer", "type", "cluster", "completion", "rule", "forced")
 _LISTS = ("choices", "alternatives")
 _COUNTS = ("sample", "num_tokens", "forced_num_tokens")
-_LISTS = ("choices", "alternatives")
 _TEXTS_OR_NULL = ("extracted", "forced_extracted")
 _NAMES = {
     "finish_reason": get_args(FinishReason),
@@ -32,9 +31,15 @@ _NAMES = {
 }
 
 
+def beside(output: Path, suffix: str) -> Path:
+    """The file that belongs to a result: `out.json` → `out` + suffix; any other name is kept whole, so that `a.7b` and
+    `a.72b` do not share a file."""
+    return output.with_name(output.name.removesuffix(".json") + suffix)
+
+
 def generations_path(output: Path) -> Path:
     """Where the judged generations behind a result file are: `results.json` → `results.generations.jsonl`."""
-    return output.with_suffix(SUFFIX)
+    return beside(output, SUFFIX)
 
 
 def encode_record(record: Record) -> str:
@@ -55,18 +60,15 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): give a path in a folder you may write to") from error
 
 
-def read_records(path: Path, *, torn_ok: bool = False) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """The records of a file, in its order.
 
-    `torn_ok`: a last line without its end was being written when the process died; it is left out. Raises UserError
-    that names the line for anything else that is not a record, and for a sample that is there twice.
+    Raises UserError that names the line for anything that is not a record, and for a sample that is there twice.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"wanted a readable file of judged generations, got {path} ({error.strerror})") from error
-    if torn_ok:
-        lines = lines[:-1]
     records: list[Record] = []
     line_of: dict[tuple[str, int], int] = {}
     for number, line in enumerate(lines, 1):

@@ -7,7 +7,9 @@ or become a formula of a spreadsheet.
 import csv
 import dataclasses
 import io
+import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,10 @@ from rethinker_jax.benchmarks.published import PublishedNumber, benchmark_key
 
 MAX_CELL = 200  # characters
 MAX_FLIPS = 100
+# Published under one name, and each part a benchmark of its own here: a column where a row has all parts.
+MEANS = {"mmmu_pro": ("mmmu_pro_standard10", "mmmu_pro_vision")}
+# Of a protocol, in the tables.
+SHOWN = ("name", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "prompt_template", "max_pixels")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
@@ -36,18 +42,12 @@ class Table:
 def results_table(results: Sequence[tuple[str, Mapping[str, Any]]], published: Sequence[PublishedNumber] = ()) -> Table:
     """One row a name with its accuracies in percent and their intervals, then the published rows; a column a benchmark.
 
-    Only published numbers of benchmarks that are among the results are shown. A name that has a benchmark twice (two
-    protocols) gets a row for each.
+    Only published numbers of benchmarks that are among the results are shown. Two protocols of a name are two rows; two
+    seeds of one protocol are one cell, with mean and standard deviation over the seeds.
     """
-    benchmarks = list(dict.fromkeys(result["benchmark"] for _, result in results))
-    rows: list[tuple[str, str, str, dict[str, str]]] = []
-    for name, result in results:
-        protocol = _protocol(result["protocol"])
-        cells = next((row[3] for row in rows if row[0] == name and row[2] == protocol), None)
-        if cells is None or result["benchmark"] in cells:
-            cells = {}
-            rows.append((name, "this evaluation", protocol, cells))
-        cells[result["benchmark"]] = accuracy_cell(result["accuracy"])
+    found = _cells(results)
+    benchmarks = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    rows = [(name, "this evaluation", how, cells) for (name, how, *_), cells in found.items()]
     by_key = {benchmark_key(benchmark): benchmark for benchmark in benchmarks}
     printed: dict[tuple[str, str, str], dict[str, str]] = {}
     for number in published:
@@ -60,6 +60,41 @@ def results_table(results: Sequence[tuple[str, Mapping[str, Any]]], published: S
         ("model", *benchmarks, "source", "protocol"),
         tuple((name, *(cells.get(b, "–") for b in benchmarks), source, how) for name, source, how, cells in rows),
     )
+
+
+def _cells(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[tuple[str, ...], dict[str, str]]:
+    """(name, protocol in words, all that two seeds must share) → benchmark → cell."""
+    rows: dict[tuple[str, ...], dict[str, list[Mapping[str, Any]]]] = {}
+    for name, result in results:
+        same = json.dumps([result["protocol"], result["num_samples"]], sort_keys=True)
+        key = name, _protocol(result), same
+        seeds = [_seed(one) for one in rows.get(key, {}).get(result["benchmark"], ())]
+        if None in (*seeds, _seed(result)) or _seed(result) in seeds:
+            key = (*key, str(len(rows))) if seeds else key
+        rows.setdefault(key, {}).setdefault(result["benchmark"], []).append(result)
+    return {key: _with_means({name: _cell(found) for name, found in row.items()}, row) for key, row in rows.items()}
+
+
+def _cell(found: Sequence[Mapping[str, Any]]) -> str:
+    """One result: its accuracy with its interval; several seeds: mean ± sample standard deviation."""
+    if len(found) == 1:
+        return accuracy_cell(found[0]["accuracy"])
+    values = [100 * one["accuracy"]["value"] for one in found]
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
+
+
+def _with_means(cells: dict[str, str], row: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """The cells and, of a row that has all parts of it, each mean that papers print under one name."""
+    for name, parts in MEANS.items():
+        if all(part in row for part in parts):
+            values = [statistics.fmean(100 * one["accuracy"]["value"] for one in row[part]) for part in parts]
+            cells[name] = f"{statistics.fmean(values):.1f} (mean of {len(parts)})"
+    return cells
+
+
+def _seed(result: Mapping[str, Any]) -> Any:
+    made_by = result.get("made_by")
+    return made_by.get("seed") if isinstance(made_by, Mapping) else None
 
 
 def categories_table(results: Sequence[tuple[str, Mapping[str, Any]]], dimension: str) -> Table:
@@ -121,10 +156,10 @@ def accuracy_cell(accuracy: Mapping[str, float]) -> str:
     return f"{value:.1f} ({low:.1f}–{high:.1f})"
 
 
-def _protocol(protocol: Mapping[str, Any]) -> str:
-    """The plain values of a protocol in a line."""
-    plain = {key: value for key, value in sorted(protocol.items()) if isinstance(value, str | int | float | bool)}
-    return ", ".join(f"{key}={value}" for key, value in plain.items())
+def _protocol(result: Mapping[str, Any]) -> str:
+    """What of a protocol moves numbers most, in a line; all of it stands in the result."""
+    found = {**result["protocol"], "samples": result["num_samples"]}
+    return ", ".join(f"{key}={found[key]}" for key in SHOWN if found.get(key) is not None)
 
 
 def to_markdown(table: Table) -> str:

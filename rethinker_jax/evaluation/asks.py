@@ -8,11 +8,14 @@ from pathlib import Path
 from rethinker_jax.benchmarks.catalog import ROWS, ReadItems, find_benchmark, read_benchmark
 from rethinker_jax.benchmarks.items import Headline, Item
 from rethinker_jax.benchmarks.protocols import Protocol, find_protocol, keeps, problem_of
-from rethinker_jax.config import Config
+from rethinker_jax.config import Config, DataConfig
+from rethinker_jax.errors import UserError
 from rethinker_jax.output_files import hash_of
 from rethinker_jax.types import Problem
 
-GREEDY, SAMPLED = "vl_rethinker", "vl_rethinker_sampled"  # where no protocol is named: for one sample, for several
+# Where no protocol is named: for one sample, for several.
+GREEDY, SAMPLED = "vl_rethinker", "vl_rethinker_sampled"
+OWN = ("own", "own_sampled")  # the same for rows of one's own
 MAX_PROMPT_TOKENS = 16_384  # five full-size images and their text
 
 
@@ -24,23 +27,35 @@ class Ask:
     problem: Problem
 
 
-def choose_protocol(name: str, n: int | None) -> Protocol:
-    """The protocol of that name; of none, VL-Rethinker's for so many samples. Raises UserError."""
-    return find_protocol(name or (SAMPLED if n is not None and n > 1 else GREEDY))
+def choose_protocol(name: str, n: int | None, benchmark: str) -> Protocol:
+    """The protocol of that name; of none, VL-Rethinker's, or for `rows` the model's own. Raises UserError."""
+    greedy, sampled = OWN if benchmark == ROWS else (GREEDY, SAMPLED)
+    return find_protocol(name or (sampled if n is not None and n > 1 else greedy))
 
 
-def overrides_of(protocol: Protocol) -> list[str]:
-    """The protocol as `section.key=value`; what the command line says goes after it."""
+def overrides_of(protocol: Protocol, own: DataConfig) -> list[str]:
+    """The protocol as `section.key=value`; what the command line says goes after it. `own` is for its namesake."""
     decoding = protocol.decoding
+    template, bounds = protocol.template, (protocol.min_pixels, protocol.max_pixels)
+    if protocol.name in OWN:
+        template, bounds = own.prompt_template, (own.min_pixels, own.max_pixels)
     return [
         f"sampling.temperature={decoding.temperature}",
         f"sampling.top_p={decoding.top_p}",
         f"sampling.top_k={decoding.top_k}",
         f"sampling.max_new_tokens={decoding.max_new_tokens}",
-        f"data.prompt_template={protocol.template}",
-        f"data.min_pixels={protocol.min_pixels}",
-        f"data.max_pixels={protocol.max_pixels}",
+        f"data.prompt_template={template}",
+        f"data.min_pixels={bounds[0]}",
+        f"data.max_pixels={bounds[1]}",
     ]
+
+
+def read_shard(text: str | None) -> tuple[int, int]:
+    """`I/N` → (I, N), of nothing (0, 1). Raises UserError."""
+    number, slash, count = (text or "0/1").partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"evaluate: --shard {text}: wanted I/N, whole numbers with I below N, as in 0/4 to 3/4")
+    return int(number), int(count)
 
 
 def read_items(benchmark: str, data: str | None, config: Config) -> ReadItems:

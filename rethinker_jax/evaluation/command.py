@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rethinker_jax.benchmarks.catalog import ReadItems
 from rethinker_jax.benchmarks.protocols import Protocol, find_protocol
 from rethinker_jax.benchmarks.record_files import decode_record
 from rethinker_jax.benchmarks.records import Record
@@ -32,8 +33,9 @@ from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.options import EvaluateOptions
 from rethinker_jax.output_files import (
     Row,
-    appending,
+    alone,
     asked_path,
+    begun,
     check_asked,
     check_writable,
     finished_lines,
@@ -41,11 +43,9 @@ from rethinker_jax.output_files import (
 )
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import prompt_template
+from rethinker_jax.sample import MOST_PROMPTS, PACE, REQUESTS_PER_SLOT
 from rethinker_jax.stopping import listening
 from rethinker_jax.verify.pool import VerifierPool
-
-# What says how fast completions are drawn, not which.
-NOT_ASKED = ("num_slots", "steps_per_call", "prefill_tokens", "cache_gib")
 
 
 def evaluate(options: EvaluateOptions, config: Config) -> Path:
@@ -56,6 +56,7 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
     """
     if jax.process_count() > 1:
         raise UserError("evaluate: wanted one process; give each its part by --shard I/N and join them by --merge")
+    paths = paths_of(options.output, options.shard)
     protocol = find_protocol(options.protocol)
     found = read_items(options.benchmark, options.data, config)
     asks = asks_of(found.items, protocol)
@@ -66,32 +67,11 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
             f"{len(asks)}, and shard {options.shard[0]}/{options.shard[1]} has none of them."
         )
     trained = find_model(config)
-    paths = paths_of(options.output, options.shard)
     check_writable(paths.generations, "--output")
     check_writable(paths.result, "--output")
     asked = _asked(options, trained, protocol, asks, len(found.items))
-    if _begun(paths.generations) and not asked_path(paths.generations).is_file():
-        raise UserError(
-            f"--output: {paths.generations} is there without {asked_path(paths.generations).name}, which says what "
-            "made it. Put that file back, or name another output."
-        )
-    check_asked(paths.generations, asked)
-    kept = finished_lines(paths.generations, options.n, "evaluate")
-    missing = [LeftOut("", row.where, row.kind, row.why) for row in found.bad_rows]
-    missing += _known_left_out(paths.generations)
-    done = {*kept, *(one.id for one in missing)}
-    left = [ask for ask in mine if ask.problem.id not in done]
-    listener = Listener(options.benchmark, len(mine), len(mine) - len(left), frozenset(kept), missing)
-    with VerifierPool(config.verifier) as pool:
-        judging = Judging(pool, protocol.extraction)
-        judging.submit([_kept_record(line, paths.generations) for lines in kept.values() for line in lines])
-        with appending(paths.generations, kept, asked) as file, listener.shown:
-            listener.file = file
-            _draw(options, trained, left, min(_batch_size(config, options.n), len(mine)), judging, listener)
-        if not listener.found:
-            raise UserError(f"{options.benchmark}: no item could be used; see above.")
-        judge = judge_identity(config.verifier)
-        judged = Generations(tuple(listener.found), asked, tuple(listener.missing), judge)
+    with alone(paths.generations), VerifierPool(config.verifier) as pool:
+        judged = _judged(options, trained, protocol, found, mine, asked, paths.generations, pool)
         write_generations(paths.generations, judged)
         if options.shard[1] > 1:
             return paths.generations
@@ -101,16 +81,58 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
     return paths.result
 
 
+def _judged(
+    options: EvaluateOptions,
+    trained: Trained,
+    protocol: Protocol,
+    found: ReadItems,
+    mine: Sequence[Ask],
+    asked: Row,
+    generations: Path,
+    pool: VerifierPool,
+) -> Generations:
+    """All generations of `mine`: those that are there, and the others, drawn. Raises UserError, Stopped."""
+    if _begun(generations) and not asked_path(generations).is_file():
+        raise UserError(
+            f"--output: {generations} is there without {asked_path(generations).name}, which says what "
+            "made it. Put that file back, or name another output."
+        )
+    check_asked(generations, asked)
+    kept = finished_lines(generations, options.n, "evaluate")
+    missing = [LeftOut("", row.where, row.kind, row.why) for row in found.bad_rows]
+    missing += _known_left_out(generations)
+    done = {*kept, *(one.id for one in missing)}
+    left = [ask for ask in mine if ask.problem.id not in done]
+    listener = Listener(options.benchmark, len(mine), options.n, frozenset(kept), missing)
+    judging = Judging(pool, protocol.extraction)
+    judging.submit([_kept_record(line, generations) for lines in kept.values() for line in lines])
+    with begun(generations, kept, asked) as file, listener.shown:
+        listener.file = file
+        _draw(options, trained, left, len(mine), judging, listener)
+    if not listener.found:
+        raise UserError(f"{options.benchmark}: no item could be used; see above.")
+    return Generations(tuple(listener.found), asked, tuple(listener.missing), judge_identity(trained.config.verifier))
+
+
 def _draw(
-    options: EvaluateOptions, trained: Trained, asks: Sequence[Ask], size: int, judging: Judging, listener: Listener
+    options: EvaluateOptions,
+    trained: Trained,
+    asks: Sequence[Ask],
+    num_mine: int,
+    judging: Judging,
+    listener: Listener,
 ) -> None:
-    """Draws `size` items at a time, until all are drawn or the process is asked to stop (Stopped)."""
+    """Draws the items, until all are drawn or the process is asked to stop (Stopped).
+
+    `num_mine` is their number with those that are there: a run that is gone on with has the shapes of the straight one.
+    """
+    num_slots, num_items = sampler_sizes(trained.config, options.n, num_mine)
     try:
         with listening() as listener.stop:
             if asks:
                 system, params = load_trained(trained)
                 params = system.sampling_params(params)
-                drawing = Drawing(trained.config, options.n, options.seed, options.force_rethink, size)
+                drawing = Drawing(trained.config, options.n, options.seed, options.force_rethink, num_items, num_slots)
                 drawing.run(system, params, asks, judging, listener)
             listener.records(judging.ready(wait=True))
     except Stopped as stopped:
@@ -121,10 +143,11 @@ def _draw(
         ) from stopped
 
 
-def _batch_size(config: Config, n: int) -> int:
-    """Items that are drawn together; of many samples an item, no more completions than an evaluation in a run has."""
+def sampler_sizes(config: Config, n: int, num_items: int) -> tuple[int, int]:
+    """(completions drawn at once, items a call of the sampler): as many slots as an evaluation in a run has."""
     settings = config.evaluation
-    return min(settings.batch_size, max(1, settings.batch_size * settings.samples_per_problem // n))
+    num_slots = config.sampling.num_slots or settings.batch_size * min(n, settings.samples_per_problem)
+    return num_slots, min(num_items, MOST_PROMPTS, -(-REQUESTS_PER_SLOT * num_slots // n))
 
 
 def _asked(options: EvaluateOptions, trained: Trained, protocol: Protocol, asks: Sequence[Ask], num_read: int) -> Row:
@@ -159,7 +182,7 @@ def _protocol(options: EvaluateOptions, trained: Trained, protocol: Protocol) ->
     """How the model is asked: the protocol, with what the command line changed of it."""
     config = trained.config
     images = ImageSettings.from_directory(trained.directory, config.data.min_pixels, config.data.max_pixels)
-    sampling = {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in NOT_ASKED}
+    sampling = {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in PACE}
     rethinking = dataclasses.asdict(config.rethink)
     keys = ("triggers", "odds", "temperature", "max_new_tokens")
     template = prompt_template(config.data.prompt_template)

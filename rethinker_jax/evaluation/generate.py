@@ -26,18 +26,19 @@ NO_TRIGGER = np.zeros(0, np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How items are drawn: `batch_size` items at a time, so that one shape is compiled whatever their number."""
+    """How items are drawn: `num_items` of them in one call of the sampler, `num_slots` completions at once."""
 
     config: Config
     n: int
     seed: int
     force_rethink: bool
-    batch_size: int
+    num_items: int
+    num_slots: int
 
     def run(self, system: System, params: Params, asks: Sequence[Ask], judging: Judging, listener: Listener) -> None:
         """Draws everything; `params` are in the sampling layout."""
-        for start in range(0, len(asks), self.batch_size):
-            batch = asks[start : start + self.batch_size]
+        for start in range(0, len(asks), self.num_items):
+            batch = asks[start : start + self.num_items]
             prompts: list[Prompt] = []
             items: list[Item] = []
             for ask in batch:
@@ -50,7 +51,6 @@ class Drawing:
             if prompts:
                 self._draw(system, params, prompts, items, judging, listener)
                 listener.records(judging.ready(wait=True))
-            listener.batch_done(len(batch))
 
     def _draw(
         self,
@@ -68,20 +68,17 @@ class Drawing:
             dataclasses.replace(request, trigger_ids=self._trigger(request.prompt.problem, request.sample, triggers))
             for request in requests
         ]
-        num_drawn = 0
 
         def finished(ended: Sequence[tuple[int, Drawn]]) -> None:
-            nonlocal num_drawn
-            num_drawn += len(ended)
             found = [(pairs[row], drawn) for row, drawn in ended]
             judging.submit([self._record(items[place], prompts[place], n, drawn) for (place, n), drawn in found])
             listener.records(judging.ready())
-            listener.drawn(num_drawn, len(pairs))
 
+        settings = dataclasses.replace(self.config.sampling, num_slots=self.num_slots)
         system.sampler.generate(
-            params, requests, self.config.sampling, self._budgets(triggers), seed=self.seed, step=EVALUATION_STEP,
-            second_temperature=self.config.rethink.temperature, num_prompts=self.batch_size,
-            num_requests=self.batch_size * self.n, on_finished=finished,
+            params, requests, settings, self._budgets(triggers), seed=self.seed, step=EVALUATION_STEP,
+            second_temperature=self.config.rethink.temperature, num_prompts=self.num_items,
+            num_requests=self.num_items * self.n, on_finished=finished,
         )  # fmt: skip
 
     def _budgets(self, triggers: Sequence[np.ndarray]) -> Budgets:

@@ -15,11 +15,13 @@ from rethinker_jax.benchmarks.protocols import Extraction
 from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.output_files import Row, versions
-from rethinker_jax.types import Verdict
+from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify.judge import JudgeItem
 from rethinker_jax.verify.pool import PendingVerdicts, VerifierPool
 
 JUDGE_PACKAGES = ("rethinker_jax", "math-verify", "sympy", "latex2sympy2_extended")
+# What counts among the verdicts of one response, by several readings and golds: first to last.
+WEIGHT: tuple[VerdictName, ...] = ("correct", "timeout", "crash", "wrong", "no_answer", "bad_gold")
 
 
 class Judging:
@@ -60,14 +62,15 @@ class Judging:
 def as_judged(response: str, extraction: Extraction) -> list[str]:
     """The readings of a response by a protocol's extraction, as texts whose answer the verifier finds.
 
-    boxed is the training rule. answer_tag: what the last <answer> holds, and nothing without one. boxed_or_line: the
-    training rule, or what follows the last "Answer:"; any of them may be right.
+    boxed is the training rule. answer_tag: from the last <answer> to the </answer> that follows it, and nothing where
+    either is missing. boxed_or_line: the training rule, or what follows the last "Answer:"; any of them may be right.
     """
     if extraction == "boxed":
         return [response]
     if extraction == "answer_tag":
-        start, end = response.rfind("<answer>"), response.rfind("</answer>")
-        return [response[start : end + len("</answer>")] if 0 <= start < end else ""]
+        start = response.rfind("<answer>")
+        end = response.find("</answer>", start) if start >= 0 else -1
+        return [response[start : end + len("</answer>")] if end >= 0 else ""]
     _, found, line = response.rpartition("Answer:")
     line = line.strip().partition("\n")[0].strip()
     return [response, f"<answer>{line}</answer>"] if found and line else [response]
@@ -88,8 +91,12 @@ def _judged(record: Record, pending: Sequence[PendingVerdicts]) -> Record:
 
 
 def _best(verdicts: Sequence[Verdict]) -> Verdict:
-    """The first that is right, else the first."""
-    return next((verdict for verdict in verdicts if verdict.correct), verdicts[0])
+    """The first of those that say most.
+
+    One that is right decides; where none is, a failure of the judge goes before `wrong`, because it may hide a right
+    one. A reading without an answer, and a bad gold, say nothing where another reading or gold is judged.
+    """
+    return min(verdicts, key=lambda verdict: WEIGHT.index(verdict.verdict))
 
 
 def judge_identity(config: VerifierConfig) -> Row:

@@ -15,14 +15,18 @@ from rethinker_jax.stopping import StopRequest
 
 
 class Listener:
-    """Writes lines as records come, counts, and shows how far it is. `kept`: ids whose lines are in the file."""
+    """Writes lines as records come, counts, and shows how far it is.
 
-    def __init__(self, title: str, num_items: int, num_done: int, kept: frozenset[str], missing: Sequence[LeftOut]):
-        self._console = Console(stderr=True)
-        self.shown = RunProgress(num_items, num_done, title=title, console=self._console, unit="item")
-        self._title = title
+    `num_items` are to be done, with `n` completions each; of `kept` all lines are in the file.
+    """
+
+    def __init__(self, title: str, num_items: int, n: int, kept: frozenset[str], missing: Sequence[LeftOut]):
+        self._num_done = n * (len(kept) + sum(bool(one.id) for one in missing))
+        console = Console(stderr=True)
+        self.shown = RunProgress(n * num_items, self._num_done, title=title, console=console, unit="completion")
         self._kept = kept
-        self.num_done = num_done
+        self._n = n
+        self._num_right = 0
         self.found: list[Record] = []
         self.missing: list[LeftOut] = []
         self.file: TextIO | None = None
@@ -32,25 +36,22 @@ class Listener:
 
     def records(self, records: Sequence[Record]) -> None:
         assert self.file is not None and self.stop is not None, "records before the file was opened"
+        if not records:
+            return
         self.found += records
+        self._num_right += sum(record.correct for record in records)
         fresh = [record for record in records if record.id not in self._kept]
         if fresh:
             with self.stop.held():
                 self.file.write("".join(map(encode_record, fresh)))
                 self.file.flush()
+        self._num_done += len(fresh)
+        self.shown.update(self._num_done, {"accuracy": self._num_right / len(self.found)})
 
     def left_out(self, ask: Ask, error: BadPrompt) -> None:
         name = ask.problem.id
+        self._num_done += self._n
         self._leave_out(LeftOut(name, f"item {name!r}", error.kind, str(error)))
-
-    def drawn(self, num_drawn: int, num_wanted: int) -> None:
-        if self._console.is_terminal:
-            self.shown.phase(f"{self._title}: {num_drawn} of {num_wanted} completions")
-
-    def batch_done(self, num_items: int) -> None:
-        self.num_done += num_items
-        right = sum(record.correct for record in self.found)
-        self.shown.update(self.num_done, {"accuracy": right / len(self.found) if self.found else float("nan")})
 
     def _leave_out(self, one: LeftOut) -> None:
         self.missing.append(one)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rethinker_jax.benchmarks.catalog import read_benchmark
 from rethinker_jax.benchmarks.compare import read_result
-from rethinker_jax.benchmarks.record_files import generations_path, read_records
+from rethinker_jax.benchmarks.record_files import beside, generations_path, read_records
 from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.asks import Ask
@@ -29,7 +29,7 @@ def write_page_of(result_path: Path, records: Sequence[Record], asks: Sequence[A
 
 
 def _write(result_path: Path, result: dict[str, Any], records: Sequence[Record], images: Images) -> Path:
-    page = result_path.with_suffix(".html")
+    page = beside(result_path, ".html")
     unfinished = page.with_name(page.name + ".tmp")
     try:
         unfinished.write_bytes(render_evaluation(result_path.stem, result, records, images))

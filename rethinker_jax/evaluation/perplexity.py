@@ -101,7 +101,7 @@ def _nll(
 
 
 def _token_ids(record: Record, system: System) -> np.ndarray:
-    ids = system.tokenizer.encode(record.completion)
+    ids = system.tokenizer.encode(record.completion.encode("utf-8", "replace").decode())  # halves of characters go
     if record.finish_reason == "stop":
         ids = np.append(ids, system.tokenizer.end_token_ids[0])
     return ids.astype(np.int32)

@@ -11,30 +11,33 @@ from rethinker_jax.evaluation.judging import Judging, judge_identity
 from rethinker_jax.evaluation.pages import write_page
 from rethinker_jax.evaluation.results import (
     Generations,
+    generations_of,
     paths_of,
     read_generations,
     result_of,
     write_generations,
     write_result,
 )
-from rethinker_jax.output_files import Row, check_writable, differences
+from rethinker_jax.output_files import Row, alone, check_writable, differences
 from rethinker_jax.verify.pool import VerifierPool
 
 BATCH = 1024  # records that are in the verifier's queue at once
 
 
-def regrade(generations: Path, output: Path | None, config: VerifierConfig) -> Path:
+def regrade(file: Path, output: Path | None, config: VerifierConfig) -> Path:
     """Judge every record again and write result and generations to `output`, or in place. Returns the result's path.
 
-    Raises UserError.
+    `file` is the generations or the result before them. Raises UserError.
     """
+    generations = generations_of(file)
     found = read_generations(generations)
     if found.asked["shard"][1] != 1:
         raise UserError(f"{generations} is one shard of several. Join them by --merge; that is judged as it was.")
     paths = paths_of(output or result_of(generations))
     check_writable(paths.result, "--output")
     records = []
-    with VerifierPool(config) as pool, RunProgress(len(found.records), title="regrade", unit="record") as shown:
+    shown = RunProgress(len(found.records), title="regrade", unit="record")
+    with alone(paths.generations), VerifierPool(config) as pool, shown:
         judging = Judging(pool, found.asked["protocol"]["extraction"])
         for start in range(0, len(found.records), BATCH):
             judging.submit(found.records[start : start + BATCH])
@@ -53,7 +56,7 @@ def merge(files: Sequence[Path], output: Path, config: VerifierConfig) -> Path:
     joined = _join(files, shards)
     paths = paths_of(output)
     check_writable(paths.result, "--output")
-    with VerifierPool(config) as pool:
+    with alone(paths.generations), VerifierPool(config) as pool:
         write_generations(paths.generations, joined)
         write_result(paths.result, joined, pool)
     write_page(paths.result)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rethinker_jax.benchmarks.majority import verified_same
 from rethinker_jax.benchmarks.numbers import evaluation_numbers, numbers_text, plain
-from rethinker_jax.benchmarks.record_files import SUFFIX, read_records, write_records
+from rethinker_jax.benchmarks.record_files import SUFFIX, beside, generations_path, read_records, write_records
 from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.errors import UserError
 from rethinker_jax.output_files import Row, asked_path, write_whole
@@ -51,17 +51,24 @@ class Generations:
 
 
 def paths_of(output: Path, shard: tuple[int, int] = (0, 1)) -> Paths:
-    """The files that belong to `--output FILE`; links are written through."""
+    """The files that belong to `--output FILE`; links are written through. Raises UserError for a name of theirs."""
+    if output.name.endswith((SUFFIX, ".html", ".asked.json")):
+        raise UserError(f"--output {output}: that name is of a file beside a result. Name the result: out.json")
     output = output.resolve()
     part = "" if shard[1] == 1 else f".shard-{shard[0]}-of-{shard[1]}"
-    return Paths(output, output.with_suffix(part + SUFFIX))
+    return Paths(output, beside(output, part + SUFFIX))
+
+
+def generations_of(path: Path) -> Path:
+    """The generations that are named, or that are behind the result that is named."""
+    return path if path.name.endswith(SUFFIX) else generations_path(path)
 
 
 def result_of(generations: Path) -> Path:
-    """FILE.generations.jsonl → FILE.json. Raises UserError for another name."""
-    if not generations.name.endswith(SUFFIX):
-        raise UserError(f"{generations}: wanted a file whose name ends in {SUFFIX}")
-    return generations.with_name(generations.name.removesuffix(SUFFIX) + ".json")
+    """FILE.generations.jsonl → FILE.json, or FILE where the result is called that."""
+    bare = generations.with_name(generations.name.removesuffix(SUFFIX))
+    named = bare.with_name(bare.name + ".json")
+    return bare if bare.is_file() and not named.exists() else named
 
 
 def num_of_shard(num_items: int, shard: Sequence[int]) -> int:
@@ -71,7 +78,6 @@ def num_of_shard(num_items: int, shard: Sequence[int]) -> int:
 
 def read_generations(path: Path) -> Generations:
     """A finished file of generations. Raises UserError where it is not finished or nobody says what made it."""
-    result_of(path)
     records = read_records(path)
     asked = _read_asked(path)
     left_out = tuple(LeftOut(**row) for row in asked.pop("left_out"))

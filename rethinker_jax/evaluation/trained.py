@@ -9,12 +9,18 @@ from pathlib import Path
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config
 from rethinker_jax.errors import UserError
-from rethinker_jax.export import COMPANIONS
+from rethinker_jax.evaluation.runs import find_run
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.system import System, load_system, make_updater, model_directory
 from rethinker_jax.training.checkpoint import CheckpointStore
 
 CHUNK_BYTES = 1 << 24
+# What is not a weight and travels with it.
+COMPANIONS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +42,23 @@ class Trained:
 
 def find_model(config: Config) -> Trained:
     """What `config.model.path` names; of a run, the model section of its config holds. Raises UserError."""
-    path = Path(config.model.path).expanduser()
-    is_checkpoint = path.parent.name == "checkpoints" and path.name.isdigit() and path.is_dir()
-    run = path.parent.parent if is_checkpoint else path
-    if not (run / "config.yaml").is_file() or not (run / "checkpoints").is_dir():
+    found = find_run(config.model.path)
+    if found is None:
         return Trained(config, model_directory(config.model.path))
+    run, step = found
     model = dataclasses.replace(load_config(run / "config.yaml", []).model, attention=config.model.attention)
     if config.model.dtype != "auto":
         model = dataclasses.replace(model, dtype=config.model.dtype)
-    config = dataclasses.replace(config, model=model)
+    return checkpoint_of(run, step, dataclasses.replace(config, model=model))
+
+
+def checkpoint_of(run: Path, step: int | None, config: Config) -> Trained:
+    """A checkpoint of a run, the last one for None. Raises UserError where there is none."""
     with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
-        step = int(path.name) if is_checkpoint else store.latest_step
+        step = store.latest_step if step is None else step
     if step is None:
-        raise UserError(f"--model {path}: the run has no complete checkpoint. Let it reach its first one.")
-    return Trained(config, model_directory(model.path), run, step)
+        raise UserError(f"{run} holds no complete checkpoint. Let the run reach its first one.")
+    return Trained(config, model_directory(config.model.path), run, step)
 
 
 def load_trained(trained: Trained) -> tuple[System, Params]:

@@ -197,6 +197,8 @@ def _main_table(result: Mapping[str, Any]) -> Table:
     ]
     intervals = as_mapping(result.get("pass@k_intervals"))
     rows += [_row(f"pass@{k}", "", interval) for k, interval in intervals.items()]
+    majority = as_mapping(result.get("maj@k_intervals"))
+    rows += [_row(f"maj@{k}", "the most frequent answer", majority[k]) for k in list(majority)[-1:]]
     second = as_mapping(result.get("second_look"))
     labels = (("before", "Before the second look"), ("after", "After it"), ("oracle", "Right at either"))
     rows += [_row(label, "forced at test time", second[key]) for key, label in labels if key in second]

@@ -8,10 +8,15 @@ from typing import Any
 from rethinker_jax.benchmarks.adapters.fields import LETTERS, Image, Place, Row, make_problem, options_of, text_of
 from rethinker_jax.benchmarks.consistency_scores import CHAIN, FINAL, ROLE, STEP
 from rethinker_jax.benchmarks.items import Item
+from rethinker_jax.prompts.images import BadImage, open_image
 from rethinker_jax.prompts.rows import BadField
 
 # The rows have no text for the final question, only its six answers. The clue is not shown: it answers the first step.
-FINAL_QUESTION = "Which of these can be inferred about the region {box} (x1, y1, x2, y2 in pixels) of the image?"
+# A model sees a resized picture, so the size that the corners belong to is said.
+FINAL_QUESTION = (
+    "Which of these can be inferred about the region {box} (x1, y1, x2, y2 in pixels, the image being {size}) of the "
+    "image?"
+)
 MAX_STEPS = 16
 
 
@@ -23,7 +28,7 @@ def read_cure(row: Row, place: Place) -> list[Item]:
     if not isinstance(chain, list) or not 0 < len(chain) <= MAX_STEPS:
         raise BadField("bad_cot_inference", f"wanted a chain of 1 to {MAX_STEPS} steps")
     name = text_of(row, "id", place.row_id)
-    final = FINAL_QUESTION.format(box=_region(row))
+    final = FINAL_QUESTION.format(box=_region(row), size=_size(image))
     questions = [(FINAL, final, row.get("inference")), *((STEP, "", step) for step in chain)]
     items = []
     for number, (role, question, part) in enumerate(questions):
@@ -51,6 +56,16 @@ def _region(row: Row) -> str:
         raise BadField("bad_bboxes", "wanted a box with left, top, width and height")
     left, top, width, height = (first[name] for name in names)
     return f"[{left:g}, {top:g}, {left + width:g}, {top + height:g}]"
+
+
+def _size(image: Image) -> str:
+    """`500 x 375`, of the file as it is. Raises BadField."""
+    try:
+        with open_image(image) as found:
+            width, height = found.size
+    except BadImage as error:
+        raise BadField("bad_image", str(error)) from error
+    return f"{width} x {height}"
 
 
 def _image(row: Row, place: Place) -> Image:
