@@ -121,18 +121,11 @@ def finished_lines(output: Path, n: int, command: str) -> dict[str, list[bytes]]
 
 
 @contextlib.contextmanager
-def appending(output: Path, finished: Mapping[str, Sequence[bytes]], asked: Row) -> Generator[TextIO]:
+def begun(output: Path, finished: Mapping[str, Sequence[bytes]], asked: Row) -> Generator[TextIO]:
     """A file to append lines to, which begins with the finished ones; `asked` is kept beside it.
 
-    Raises UserError while another process appends to it.
+    For who holds `alone(output)` since before `finished` was read, so that nobody has added lines.
     """
-    with alone(output), begun(output, finished, asked) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def begun(output: Path, finished: Mapping[str, Sequence[bytes]], asked: Row) -> Generator[TextIO]:
-    """The same for who holds `alone(output)` already, so that nobody adds lines after `finished` was read."""
     write_whole(asked_path(output), json.dumps(asked, indent=2) + "\n")
     write_whole(output, b"".join(line + b"\n" for lines in finished.values() for line in lines).decode())
     with output.open("a", encoding="utf-8") as file:

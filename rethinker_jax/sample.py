@@ -19,7 +19,8 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.output_files import (
-    appending,
+    alone,
+    begun,
     check_asked,
     check_writable,
     finished_lines,
@@ -43,24 +44,44 @@ def sample(options: SampleOptions, config: Config) -> None:
     """
     config = _configured(config, options.model, options.prompt_template)
     problems = _one_shot(options) if options.data is None else _problems(options.data, config)
-    output = None if options.output is None else options.output.resolve()  # a link is written through
-    asked, finished = _asked(options, config), {}
-    if output is not None:
-        check_writable(output, "--output")
+    if options.output is None:
+        _draw(options, config, _loaded(options, config, problems), problems, frozenset(), line_writer(sys.stdout))
+        return
+    output = options.output.resolve()  # a link is written through
+    asked = _asked(options, config)
+    check_writable(output, "--output")
+    with alone(output):
         check_asked(output, asked)
         finished = finished_lines(output, options.n, "sample")
-    left = [problem for problem in problems if problem.id not in finished]
+        system = _loaded(options, config, problems)  # before anything is written
+        with begun(output, finished, asked) as file:
+            _draw(options, config, system, problems, frozenset(finished), line_writer(file))
+        _sort(output, [problem.id for problem in problems])
+
+
+def _loaded(options: SampleOptions, config: Config, problems: Sequence[Problem]) -> System:
+    """The model; of one shot also its prompt is tried."""
     system = load_system(config)
-    one_shot = [_prompt(system, problem) for problem in problems] if options.data is None else []
+    if options.data is None:
+        _prompt(system, problems[0])
+    return system
+
+
+def _draw(
+    options: SampleOptions,
+    config: Config,
+    system: System,
+    problems: Sequence[Problem],
+    finished: frozenset[str],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """Draws the problems that are not among the finished ones. Raises UserError if no row could be used."""
+    left = [problem for problem in problems if problem.id not in finished]
+    num_finished, num_left_out = len(problems) - len(left), 0
     params = system.sampling_params(system.params)
     settings = dataclasses.replace(config.sampling, num_slots=_num_slots(config, options.n))
-    size = 1 if one_shot else min(_chunk_size(config, options.n), max(len(left), 1))
-    num_finished = len(problems) - len(left)
-    num_left_out = 0
-    with (
-        _appending(output, finished, asked) as write,
-        RunProgress(len(problems), num_finished, title="sample", unit="problem") as shown,
-    ):
+    size = min(_chunk_size(config, options.n), max(len(left), 1))
+    with RunProgress(len(problems), num_finished, title="sample", unit="problem") as shown:
         for start in range(0, len(left), size):
             chunk = left[start : start + size]
             prompts = _prompts(system, chunk, shown)
@@ -68,8 +89,6 @@ def sample(options: SampleOptions, config: Config) -> None:
             if num_left_out > config.run.max_bad_rows:
                 raise UserError(f"{options.data}: {num_left_out} rows left out, over run.max_bad_rows; see above.")
             requests = [Request(prompt, number) for prompt in prompts for number in range(options.n)]
-            if not requests:
-                continue
             writer = _Writer(requests, options.n, write, shown, num_finished + num_left_out)
             system.sampler.generate(
                 params, requests, settings, Budgets(settings.max_new_tokens), seed=options.seed, step=0,
@@ -78,8 +97,6 @@ def sample(options: SampleOptions, config: Config) -> None:
             num_finished += len(prompts)
     if not num_finished:
         raise UserError(f"{options.data}: no row could be used; see above.")
-    if output is not None:
-        _sort(output, [problem.id for problem in problems])
 
 
 PACE = ("num_slots", "steps_per_call", "prefill_tokens", "cache_gib")  # of `sampling`: they change no completion
@@ -256,18 +273,6 @@ def _asked(options: SampleOptions, config: Config) -> dict[str, Any]:
         "pixels": [config.data.min_pixels, config.data.max_pixels],
     }
     return json.loads(json.dumps(asked))  # tuples are lists in the file
-
-
-@contextlib.contextmanager
-def _appending(
-    output: Path | None, finished: dict[str, list[bytes]], asked: dict[str, Any]
-) -> Generator[Callable[[dict[str, Any]], None]]:
-    """Append JSON lines to `output`, which begins with the finished ones, or write them to standard output."""
-    if output is None:
-        yield line_writer(sys.stdout)
-        return
-    with appending(output, finished, asked) as file:
-        yield line_writer(file)
 
 
 @contextlib.contextmanager

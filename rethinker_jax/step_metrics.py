@@ -112,4 +112,3 @@ def batch_metrics(
         "replay_age": share(ages) if ages else 0.0,
         "forced_in_batch_share": share([row.nll_mask.any() for row in rows]),
     } | {name: float(value) for name, value in sums.items()}
-

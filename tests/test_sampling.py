@@ -17,7 +17,6 @@ from sampling_cases import (
     NEAR,
     NEW,
     NUM_SAMPLES,
-    PLAIN,
     SECOND_LOOK,
     Loaded,
     assert_same,

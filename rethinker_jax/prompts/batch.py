@@ -74,7 +74,8 @@ def pack_prompts(
 ) -> PromptBatch:
     """Pads prompts to one length, of `seq_buckets` where one is enough, and lays out each distinct image once.
 
-    Prompts stand in the first rows in their order, or in `rows`; the others up to `batch_size` are empty. See `windows.pack_images` for the vision arguments.
+    Prompts stand in the first rows in their order, or in `rows`; the others up to `batch_size` are empty. See
+    `windows.pack_images` for the vision arguments.
     Raises ValueError for no prompts, for more of them than `batch_size`, and for image tokens that no image fills.
     """
     num_rows = len(prompts) if batch_size is None else batch_size
