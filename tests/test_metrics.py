@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event  # ty: ignore[import-not-found]
+from tensorboardX.proto.event_pb2 import Event  # ty: ignore  # protobuf makes its classes at run time
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.metrics import Metrics, MetricsLog, read_metrics
