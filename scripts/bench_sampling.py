@@ -11,7 +11,7 @@ drawn, so every completion has exactly `--new-tokens` tokens. Everything is floa
                       Ours feeds the last prompt token a second time, so one decode step is in it
     decode_cpu_s      cpu_s without prefill_cpu_s
     compile_s         in XLA, before the runs; first_call_cpu_s is all of the first call
-    slot_use          share of slot steps that wrote a token
+    slot_use          share of slot steps that wrote a token; _before_drain: until the last request was begun
 
 Our side also computes every token's log-prob and its text, transformers' does not. `--compare hf` needs torch (the
 parity extra) and starts bench_sampling_hf.py, which says what its modes are. `greedy` has the most probable tokens of
@@ -195,7 +195,14 @@ def measure_ours(ours: Ours, options: argparse.Namespace, temperature: float) ->
         "images": counters.images,
         "prompts": counters.prompts,
         "slot_use": round(counters.busy_steps / counters.slot_steps, 4),
+        "slot_use_before_drain": slot_use_before_drain(counters),
     }
+
+
+def slot_use_before_drain(counters: Counters) -> float | None:
+    """None where every request has a slot from the start, so that there is nothing but the drain."""
+    steps = counters.slot_steps - counters.drain_slot_steps
+    return round((counters.busy_steps - counters.drain_busy_steps) / steps, 4) if steps else None
 
 
 def measure_hf(directory: Path, ours: Ours, options: argparse.Namespace, temperature: float) -> dict[str, Any]:
