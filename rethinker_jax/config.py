@@ -275,12 +275,16 @@ class AdvantageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """Selective Sample Replay, VL-Rethinker §3.2 and Algorithm 1."""
+    """Selective Sample Replay, VL-Rethinker §3.2 and Algorithm 1; its forms are told apart in `replay.py`."""
 
     mode: Literal["ssr", "filter", "none"] = "ssr"  # filter = drop zero-advantage rows; none = plain GRPO
+    form: Literal["top_up", "bootstrap", "deque"] = "top_up"  # of ssr: top_up is Algorithm 1
     alpha: NonNegativeFloat = 1.0  # P(j) ∝ |A_j|^alpha
     capacity: Positive = 4096  # rows; the oldest leave first
-    clear_every: Positive = 16  # optimizer steps between clearings ("episode" of the paper)
+    clear_every: Positive = 16  # optimizer steps between clearings ("episode" of the paper), of top_up alone
+    max_age: NonNegative = 0  # optimizer steps since its rollout above which a row leaves the buffer; 0 = no limit
+    replacement: bool = False  # may a row come again from the buffer before all have come
+    importance: Fraction = 0.0  # a row drawn from n rows weighs (1 / (n·P(j)))^importance; 1 = as if drawn uniformly
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rethinker_jax.config import REWARD_TERMS, Config, LossConfig, MeshConfig, RewardConfig
+from rethinker_jax.config import REWARD_TERMS, Config, LossConfig, MeshConfig, ReplayConfig, RewardConfig
 from rethinker_jax.config_keys import nearest
 
 USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
@@ -19,6 +19,7 @@ def check(config: Config) -> list[str]:
         *check_mesh(config.mesh),
         *_check_sampling(config),
         *_check_batches(config),
+        *_check_replay(config.replay),
         *_check_reward(config.reward),
         *_check_rethink(config),
         *_check_learning(config),
@@ -97,6 +98,29 @@ def _check_batches(config: Config) -> list[str]:
             "which replay.mode ssr needs"
         )
     return problems
+
+
+def _check_replay(replay: ReplayConfig) -> list[str]:
+    """What is said of the buffer is used: an unused limit or weight would look as if it were in force."""
+    said = dataclasses.asdict(replay)
+    if replay.mode != "ssr":
+        return [
+            f"replay.{key} is {said[key]} with replay.mode {replay.mode}; only ssr reads it"
+            for key in ("form", "max_age", "replacement", "importance")
+            if said[key] != dataclasses.asdict(ReplayConfig())[key]
+        ]
+    if replay.form == "bootstrap":
+        return [
+            f"replay.{key} is {said[key]} with replay.form bootstrap, which draws from no buffer; leave it out"
+            for key in ("max_age", "replacement")
+            if said[key]
+        ]
+    if replay.importance and not replay.replacement:
+        return [
+            f"replay.importance is {replay.importance} with replay.replacement false; draws that leave a row out once "
+            "it has come do not have the probabilities that the weights divide by, so it wants replay.replacement=true"
+        ]
+    return []
 
 
 def _check_reward(reward: RewardConfig) -> list[str]:

@@ -30,13 +30,6 @@ from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Prompt, Rollout
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainerExperience(replay.Experience):
-    """An experience whose old log-probs are the trainer's; `sampler_log_probs` [length] drew it (`importance_cap`)."""
-
-    sampler_log_probs: np.ndarray = dataclasses.field(kw_only=True)
-
-
 def with_trainer_rewards(
     groups: Sequence[Group],
     config: Config,
@@ -206,17 +199,20 @@ def make_batches(
 ) -> list[TrainBatch]:
     """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own.
 
-    A replayed row without a prompt, whose image was lost since, is left out.
+    A replayed row without a prompt, whose image was lost since, is left out. A row's weight is on its advantage, with
+    which every policy loss grows in proportion; its supervised loss has none.
     """
 
-    def row(one: replay.Experience, fresh: bool) -> TrainRow:
+    def row(one: replay.Experience, fresh: bool, weight: float) -> TrainRow:
         masks = one.loss_mask, one.nll_mask
-        sampler = one.sampler_log_probs if isinstance(one, TrainerExperience) else None
-        prompt = prompt_of[one.problem]
-        return TrainRow(prompt, one.completion_ids, *masks, one.old_log_probs, one.advantage, fresh, sampler)
+        prompt, advantage = prompt_of[one.problem], one.advantage * weight
+        return TrainRow(prompt, one.completion_ids, *masks, one.old_log_probs, advantage, fresh, one.sampler_log_probs)
 
-    replayed = [one for one in chosen.replayed if one.problem in prompt_of]
-    rows = [row(one, first_update) for one in chosen.fresh] + [row(one, False) for one in replayed]
+    weights = chosen.weights or (1.0,) * (len(chosen.fresh) + len(chosen.replayed))
+    split = len(chosen.fresh)
+    fresh = [row(one, first_update, weight) for one, weight in zip(chosen.fresh, weights[:split], strict=True)]
+    replayed = zip(chosen.replayed, weights[split:], strict=True)
+    rows = fresh + [row(one, False, weight) for one, weight in replayed if one.problem in prompt_of]
     size = config.training.batch_size
     micro = config.training.micro_batch_size or size
     length, shards = longest_completion(config, system), row_shards(system.mesh)
@@ -272,43 +268,9 @@ def with_trainer_log_probs(
         [np.abs(own - one.old_log_probs)[one.loss_mask] for own, one in zip(made, experiences, strict=True)]
     )
     metrics = {"sampler_trainer_gap": share(gap.tolist()), "sampler_trainer_gap_max": float(gap.max(initial=0.0))}
-    pairs = list(zip(made, experiences, strict=True))
-    if not config.loss.importance_cap:
-        return [dataclasses.replace(one, old_log_probs=own) for own, one in pairs], metrics
-    return [_by_trainer(one, own, one.old_log_probs) for own, one in pairs], metrics
-
-
-def _by_trainer(one: replay.Experience, old_log_probs: np.ndarray, sampler_log_probs: np.ndarray) -> TrainerExperience:
-    return TrainerExperience(
-        problem=one.problem,
-        completion_ids=one.completion_ids,
-        loss_mask=one.loss_mask,
-        nll_mask=one.nll_mask,
-        old_log_probs=old_log_probs,
-        advantage=one.advantage,
-        update=one.update,
-        sampler_log_probs=sampler_log_probs,
-    )
-
-
-def buffer_arrays(buffer: Sequence[replay.Experience]) -> dict[str, np.ndarray]:
-    """The replay buffer as padded arrays, for the checkpoint."""
-    length = max([len(one.completion_ids) for one in buffer], default=1)
-    arrays = replay.to_arrays(buffer, length)
-    drawn = [(place, one) for place, one in enumerate(buffer) if isinstance(one, TrainerExperience)]
-    if drawn:
-        arrays["sampler_log_probs"] = arrays["old_log_probs"].copy()
-    for place, one in drawn:
-        arrays["sampler_log_probs"][place, : len(one.sampler_log_probs)] = one.sampler_log_probs
-    return arrays
-
-
-def read_buffer(arrays: Mapping[str, np.ndarray]) -> tuple[replay.Experience, ...]:
-    """What `buffer_arrays` wrote."""
-    buffer = replay.from_arrays(arrays)
-    if "sampler_log_probs" not in arrays:
-        return buffer
-    return tuple(
-        _by_trainer(one, one.old_log_probs, arrays["sampler_log_probs"][place, : len(one.completion_ids)])
-        for place, one in enumerate(buffer)
-    )
+    return [
+        dataclasses.replace(
+            one, old_log_probs=own, sampler_log_probs=one.old_log_probs if config.loss.importance_cap else None
+        )
+        for own, one in zip(made, experiences, strict=True)
+    ], metrics

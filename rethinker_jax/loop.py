@@ -17,12 +17,10 @@ from rethinker_jax.devices import CompileCounter, start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
 from rethinker_jax.experience import (
-    buffer_arrays,
     experience_of,
     greedy_rewards,
     loss_of,
     make_batches,
-    read_buffer,
     trainer_log_probs,
     with_advantages,
     with_trainer_log_probs,
@@ -164,7 +162,7 @@ def begin(
         )
     started = started[0] - saved.meta["wall_s"], started[1] - saved.meta["cpu_s"]
     coefficient = saved.meta.get("kl_coefficient", config.loss.kl_coefficient)
-    buffer = read_buffer(saved.arrays)
+    buffer = replay.from_arrays(saved.arrays)
     return updater, Progress(saved.meta["step"], saved.state, buffer, saved.meta["before"], started, coefficient)
 
 
@@ -240,7 +238,8 @@ def learn(
     for start in range(0, len(experiences), config.training.batch_size):
         raw = experiences[start : start + config.training.batch_size]
         update = int(jax.device_get(progress.state.num_updates))
-        chosen = replay.select(raw, progress.buffer, config.replay, config.advantage.epsilon, (config.run.seed, update))
+        epsilon, name = config.advantage.epsilon, (config.run.seed, update)
+        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, experiences)
         progress.buffer = chosen.buffer
         sums: dict[str, Any] = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
@@ -254,7 +253,7 @@ def learn(
                 follow_kl(config, progress, made, len(chosen.fresh) + len(chosen.replayed))
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
-        found.append(batch_metrics(raw, chosen, config.advantage.epsilon, update, sums))
+        found.append(batch_metrics(raw, chosen, epsilon, update, sums))
     return {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
 
 
@@ -306,7 +305,7 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
 def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     meta["kl_coefficient"] = progress.kl_coefficient
-    store.save(progress.step, Saved(progress.state, buffer_arrays(progress.buffer), meta))
+    store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer), meta))
 
 
 def load_splits(config: Config, run: RunDirectory) -> Splits:

@@ -1,8 +1,25 @@
 """Selective Sample Replay: keep the rows that teach something, and fill the batch with them. numpy only.
 
 VL-Rethinker (arXiv 2504.08837) §3.2 and Algorithm 1. As training goes on, more and more groups have all samples right
-or all wrong; their advantages are zero and their rows teach nothing. SSR trains on the others, and draws the rows that
-are missing from a buffer, with probability proportional to |advantage|^alpha.
+or all wrong; their advantages are zero and their rows teach nothing. SSR trains on the others, in one of three forms,
+between which paper and released code (commits of April 2025) went to and fro; `replay.form` names one:
+
+top_up      Algorithm 1: all effective rows, and what is missing from a buffer that is cleared every
+            `replay.clear_every` optimizer steps. With a `clear_every` that no run reaches it is the code of 20 April,
+            but for that code's buffer of half a rollout and its draws with replacement.
+bootstrap   The code of 17 April: rows drawn from the effective ones of the current rollout, with replacement; no
+            buffer. The code made half as many rows as were rolled out, and where fewer than half were effective took
+            each once before it drew; ours are as many as the batch holds, all drawn. The histogram of advantages in
+            Fig. 6 looks like this form at alpha 1.
+deque       The code of 22 April: a bootstrap as large as the effective rows of the batch, and what is missing from a
+            buffer that is never cleared. The code made the first part and the buffer at most half a rollout, drew with
+            replacement from both, and held no row to an age; here `replay.capacity`, `.replacement` and `.max_age`.
+            The head (24 April) fills up to half a rollout only, behind a flag that never reaches it.
+
+Everywhere P(j) ∝ |advantage|^alpha (the code's |advantage| + 1e-4 has no alpha), and there is one buffer for the run,
+not one a process as in the code: all rows come in, in the same order in each process, and draws are named by the seed
+and the optimizer step. Replayed rows keep the advantage and the log-probs that they were drawn with, so the ratio of
+the loss sees how far the policy has moved since, and clips.
 """
 
 import dataclasses
@@ -17,7 +34,8 @@ from rethinker_jax.config import ReplayConfig
 class Experience:
     """One row to learn from. `problem` is the number of its dataset row; pixels are made again from there.
 
-    Arrays are [length]: tokens, masks of the policy gradient and of the supervised loss, behaviour log-probs.
+    Arrays are [length]: tokens, masks of the policy gradient and of the supervised loss, behaviour log-probs. Where
+    `old_log_probs` are the trainer's, `sampler_log_probs` may be those that drew it (`loss.importance_cap`).
     """
 
     problem: int
@@ -27,15 +45,21 @@ class Experience:
     old_log_probs: np.ndarray
     advantage: float
     update: int = 0  # optimizer step at which it was drawn
+    sampler_log_probs: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The rows of one optimizer step, the new buffer, and how many rows came from where."""
+    """The rows of one optimizer step, the new buffer, and how many rows came from where.
+
+    `fresh` rows are of the current rollout (a bootstrap may hold one several times), `replayed` ones from the buffer.
+    `weights` of the policy gradient, of `fresh` and then `replayed` rows; empty = all 1.
+    """
 
     fresh: tuple[Experience, ...]
     replayed: tuple[Experience, ...]
     buffer: tuple[Experience, ...]
+    weights: tuple[float, ...] = ()
 
 
 def select(
@@ -44,18 +68,22 @@ def select(
     config: ReplayConfig,
     epsilon: float,
     name: tuple[int, int],
+    rollout: Sequence[Experience] | None = None,
 ) -> Selection:
-    """Algorithm 1: all effective rows of `raw`, topped up to len(raw) from the buffer, which takes them in first.
+    """The rows of one optimizer step from its share `raw` of the `rollout` (None: all of it) and from the buffer.
 
-    Rows are effective where |advantage| > epsilon. Rows without advantage but with a supervised loss ride along, out of
-    the policy gradient: successful second looks, which the paper wants learned whatever their group did. Draws are
-    without replacement; only when the buffer holds fewer rows than are missing does every row come again. `name` =
-    (seed, optimizer step) names the randomness, and the step decides when the buffer is cleared. An empty buffer adds
-    nothing: the selection may be smaller than `raw` then, or empty. Mode `filter` never tops up; `none` takes all rows.
+    Rows are effective where |advantage| > epsilon; no other is ever drawn or kept. Rows without advantage but with a
+    supervised loss ride along, out of the policy gradient: successful second looks, which the paper wants learned
+    whatever their group did. Mode `ssr` fills up to len(raw) rows; an empty buffer, or for a bootstrap a rollout
+    without an effective row, adds nothing: the selection may be smaller than `raw` then, or empty. `name` = (seed,
+    optimizer step) names the randomness, and the step decides when the buffer is cleared and how old its rows are.
+
+    Mode `filter` takes the effective rows and never fills up (the released code repeats them until the batch is full);
+    `none` takes all rows, as plain GRPO.
     """
     if config.mode == "none":
         return Selection(tuple(raw), (), ())
-    effective = tuple(row for row in raw if abs(row.advantage) > epsilon)
+    effective = effective_rows(raw, epsilon)
     riders = tuple(
         dataclasses.replace(row, loss_mask=np.zeros_like(row.loss_mask))
         for row in raw
@@ -63,13 +91,63 @@ def select(
     )
     if config.mode == "filter":
         return Selection((*effective, *riders), (), ())
-    kept = () if name[1] % config.clear_every == 0 else tuple(buffer)
-    kept = (*kept, *effective)[-config.capacity :]
-    missing = len(raw) - len(effective) - len(riders)
-    sizes = np.array([abs(row.advantage) for row in kept], np.float64)
-    weights = (sizes / sizes.max(initial=epsilon)) ** config.alpha  # by the largest, so that no power vanishes for all
-    chosen = draw(weights, missing, np.random.default_rng([*name, 0x55B]))
-    return Selection((*effective, *riders), tuple(kept[index] for index in chosen), kept)
+    ones, places = (1.0,) * len(riders), len(raw) - len(riders)
+    if config.form == "bootstrap":
+        pool = effective if rollout is None else effective_rows(rollout, epsilon)
+        rows, weights = _bootstrap(pool, places, config, name)
+        return Selection((*rows, *riders), (), (), (*weights, *ones))
+    current, current_weights = effective, (1.0,) * len(effective)
+    if config.form == "deque":
+        current, current_weights = _bootstrap(effective, len(effective), config, name)
+    kept = _refilled(buffer, effective, config, name[1])
+    found = _draw_rows(kept, places - len(current), config, np.random.default_rng([*name, 0x55B]), config.replacement)
+    return Selection((*current, *riders), found[0], kept, (*current_weights, *ones, *found[1]))
+
+
+def effective_rows(rows: Sequence[Experience], epsilon: float) -> tuple[Experience, ...]:
+    return tuple(row for row in rows if abs(row.advantage) > epsilon)
+
+
+def _refilled(
+    buffer: Sequence[Experience], effective: Sequence[Experience], config: ReplayConfig, update: int
+) -> tuple[Experience, ...]:
+    """The buffer with the effective rows, less those that are too many or, counted from their rollout, too old."""
+    cleared = config.form == "top_up" and update % config.clear_every == 0
+    kept = (*(() if cleared else buffer), *effective)
+    if config.max_age:
+        kept = tuple(row for row in kept if update - row.update <= config.max_age)
+    return kept[-config.capacity :]
+
+
+def _bootstrap(
+    rows: Sequence[Experience], count: int, config: ReplayConfig, name: tuple[int, int]
+) -> tuple[tuple[Experience, ...], tuple[float, ...]]:
+    return _draw_rows(rows, count, config, np.random.default_rng([*name, 0xB007]), True)
+
+
+def _draw_rows(
+    rows: Sequence[Experience], count: int, config: ReplayConfig, rng: np.random.Generator, replacement: bool
+) -> tuple[tuple[Experience, ...], tuple[float, ...]]:
+    """`count` of `rows` with P(j) ∝ |advantage|^alpha, and their weights; none of no rows.
+
+    Weights are (1 / (n·P(j)))^importance, n = len(rows), as in prioritized replay (Schaul et al. 2016, arXiv
+    1511.05952) but not divided by their largest. At 1 the expected sum of weighted losses is that of uniform draws; a
+    row of twice the advantage comes twice as often at half the weight. They hold for draws with replacement and say
+    nothing of how far the policy has moved: that is the ratio's part.
+    """
+    sizes = np.array([abs(row.advantage) for row in rows], np.float64)
+    # By the largest, so that no power vanishes for all.
+    weights = (sizes / sizes.max(initial=np.finfo(np.float64).tiny)) ** config.alpha
+    chosen = draw_again(weights, count, rng) if replacement else draw(weights, count, rng)
+    importance = (weights[chosen] * len(rows) / weights.sum()) ** -config.importance
+    return tuple(rows[index] for index in chosen), tuple(importance.tolist())
+
+
+def draw_again(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices with probability ∝ weights, each drawn from all of them; none of no weights."""
+    if not weights.size:
+        return np.zeros(0, np.int64)
+    return rng.choice(weights.size, max(count, 0), p=weights / weights.sum())
 
 
 def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -86,8 +164,9 @@ def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
     return np.concatenate(rounds) if rounds else np.zeros(0, np.int64)
 
 
-def to_arrays(buffer: Sequence[Experience], length: int) -> dict[str, np.ndarray]:
-    """The buffer as padded arrays [rows, length], for the checkpoint."""
+def to_arrays(buffer: Sequence[Experience]) -> dict[str, np.ndarray]:
+    """The buffer as padded arrays [rows, longest], for the checkpoint; of the sampler's log-probs if a row has them."""
+    length = max([len(one.completion_ids) for one in buffer], default=1)
     rows = max(len(buffer), 1)  # array stores refuse empty arrays; `length` 0 marks the filler
     arrays = {
         "completion_ids": np.zeros((rows, length), np.int32),
@@ -108,11 +187,18 @@ def to_arrays(buffer: Sequence[Experience], length: int) -> dict[str, np.ndarray
         scalars["length"][place] = len(row.completion_ids)
         scalars["update"][place] = row.update
         scalars["advantage"][place] = row.advantage
+    if any(row.sampler_log_probs is not None for row in buffer):
+        drawn_by = arrays["old_log_probs"].copy()  # a row without counts as drawn by its old log-probs
+        for place, row in enumerate(buffer):
+            if row.sampler_log_probs is not None:
+                drawn_by[place, : len(row.sampler_log_probs)] = row.sampler_log_probs
+        arrays["sampler_log_probs"] = drawn_by
     return arrays | scalars
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Experience, ...]:
     """What `to_arrays` wrote."""
+    drawn_by = arrays.get("sampler_log_probs")
     return tuple(
         Experience(
             problem=int(arrays["problem"][place]),
@@ -122,6 +208,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Experience, ...]:
             old_log_probs=arrays["old_log_probs"][place, :length],
             advantage=float(arrays["advantage"][place]),
             update=int(arrays["update"][place]),
+            sampler_log_probs=None if drawn_by is None else drawn_by[place, :length],
         )
         for place, length in enumerate(arrays["length"])
         if length > 0

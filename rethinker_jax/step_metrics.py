@@ -110,5 +110,6 @@ def batch_metrics(
         "fresh_effective_share": share([abs(row.advantage) > epsilon for row in raw]),
         "replay_share": len(chosen.replayed) / len(raw),
         "replay_age": share(ages) if ages else 0.0,
+        "repeated_share": 1 - len({id(row) for row in rows}) / len(rows) if rows else 0.0,
         "forced_in_batch_share": share([row.nll_mask.any() for row in rows]),
     } | {name: float(value) for name, value in sums.items()}

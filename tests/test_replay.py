@@ -188,7 +188,7 @@ def test_a_buffer_survives_its_checkpoint(lengths):
     buffer = tuple(
         row(place, 0.1 * place - 0.15, length, update=place, supervised=True) for place, length in enumerate(lengths)
     )
-    arrays = to_arrays(buffer, 5)
+    arrays = to_arrays(buffer)
     assert all(array.size for array in arrays.values())  # array stores refuse empty ones
     found = from_arrays(arrays)
     assert len(found) == len(buffer)

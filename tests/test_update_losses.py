@@ -18,11 +18,8 @@ from rethinker_jax import replay, rethink
 from rethinker_jax.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.experience import (
-    TrainerExperience,
-    buffer_arrays,
     loss_of,
     make_batches,
-    read_buffer,
     with_advantages,
     with_trainer_log_probs,
     with_trainer_rewards,
@@ -351,10 +348,10 @@ def test_sampler_log_probs_go_along_through_buffer_and_checkpoint(tiny: Tiny) ->
     prompts = dict(enumerate(tiny.prompts))
     config = tiny.with_loss(dataclasses.replace(FULL, reference="none", kl="none"))
     made, _ = with_trainer_log_probs(config, tiny.system, updater, tiny.system.params, drawn, prompts)
-    buffer = read_buffer(buffer_arrays(made))
+    buffer = replay.from_arrays(replay.to_arrays(made))
     assert len(buffer) == 3
     for one, before in zip(buffer, drawn, strict=True):
-        assert isinstance(one, TrainerExperience) and (one.problem, one.update) == (before.problem, before.update)
+        assert one.sampler_log_probs is not None and (one.problem, one.update) == (before.problem, before.update)
         np.testing.assert_array_equal(one.sampler_log_probs, before.old_log_probs)
         assert np.abs(one.old_log_probs - before.old_log_probs).max() > 0.1
 
@@ -365,9 +362,9 @@ def test_sampler_log_probs_go_along_through_buffer_and_checkpoint(tiny: Tiny) ->
 
     plain = tiny.with_loss(LossConfig(old_log_probs="trainer"))
     made, _ = with_trainer_log_probs(plain, tiny.system, updater, tiny.system.params, drawn, prompts)
-    arrays = buffer_arrays(made)
+    arrays = replay.to_arrays(made)
     assert "sampler_log_probs" not in arrays and not any(
-        isinstance(one, TrainerExperience) for one in read_buffer(arrays)
+        one.sampler_log_probs is not None for one in replay.from_arrays(arrays)
     )
 
 
