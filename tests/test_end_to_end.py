@@ -405,8 +405,9 @@ def test_eight_devices_draw_and_learn_what_one_does(straight: Path, place: Path)
     assert texts_of(place / "meshed", 0) == texts_of(straight, 0)
     ours, theirs = metrics_of(place / "meshed")[0], metrics_of(straight)[0]
     assert set(ours) == set(theirs)
-    # Eight devices want vision rows in eights, and the others hold padding.
-    assert ours.pop("vision_padding_share") >= theirs.pop("vision_padding_share")
+    # Eight devices want prompts and vision rows in eights, and the others hold padding.
+    for name in ("prompt_padding_share", "vision_padding_share"):
+        assert ours.pop(name) >= theirs.pop(name)
     assert ours.pop("cache_gib") < theirs.pop("cache_gib")  # of one device
     for name, value in theirs.items():
         np.testing.assert_allclose(np.float64(ours[name]), np.float64(value), rtol=2e-3, atol=2e-5, err_msg=name)
