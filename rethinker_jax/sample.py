@@ -108,10 +108,14 @@ def _num_slots(config: Config, n: int) -> int:
     return config.sampling.num_slots or config.rollout.prompts_per_step * n
 
 
+def prompts_at_once(num_slots: int, n: int) -> int:
+    """How many prompts with n samples each one call of the sampler takes, so that its slots stay busy."""
+    return min(-(-REQUESTS_PER_SLOT * num_slots // n), MOST_PROMPTS)
+
+
 def _chunk_size(config: Config, n: int) -> int:
     """How many problems go through the sampler together."""
-    wanted = -(-REQUESTS_PER_SLOT * _num_slots(config, n) // n)
-    return max(config.rollout.prompts_per_step, min(wanted, MOST_PROMPTS))
+    return max(config.rollout.prompts_per_step, prompts_at_once(_num_slots(config, n), n))
 
 
 def _sort(output: Path, ids: Sequence[str]) -> None:

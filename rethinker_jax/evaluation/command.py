@@ -43,7 +43,7 @@ from rethinker_jax.output_files import (
 )
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import prompt_template
-from rethinker_jax.sample import MOST_PROMPTS, PACE, REQUESTS_PER_SLOT
+from rethinker_jax.sample import PACE, prompts_at_once
 from rethinker_jax.stopping import listening
 from rethinker_jax.verify.pool import VerifierPool
 
@@ -147,7 +147,7 @@ def sampler_sizes(config: Config, n: int, num_items: int) -> tuple[int, int]:
     """(completions drawn at once, items a call of the sampler): as many slots as an evaluation in a run has."""
     settings = config.evaluation
     num_slots = config.sampling.num_slots or settings.batch_size * min(n, settings.samples_per_problem)
-    return num_slots, min(num_items, MOST_PROMPTS, -(-REQUESTS_PER_SLOT * num_slots // n))
+    return num_slots, min(num_items, prompts_at_once(num_slots, n))
 
 
 def _asked(options: EvaluateOptions, trained: Trained, protocol: Protocol, asks: Sequence[Ask], num_read: int) -> Row:
