@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,32 +117,34 @@ def test_a_result_says_what_made_it() -> None:
     assert {"jax", "transformers"} <= made_by["versions"].keys() and "math-verify" in verdicts_by["versions"]
 
 
-def kill_in_the_middle(lines: Path) -> bool:
-    """Starts an evaluation and kills it once it has written something; was it still running."""
-    words = [*ASK, "--n", str(N), "--output", "killed.json", *SMALL]
-    words += ["sampling.num_slots=1", "sampling.steps_per_call=1"]  # slow, so that it can be killed in the middle
-    with Path("killed.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rethinker_jax.main", *words],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=log, stderr=log,
-        )  # fmt: skip
-        deadline = time.monotonic() + TIMEOUT_S
-        while not (lines.is_file() and lines.stat().st_size):
-            assert process.poll() is None and time.monotonic() < deadline, Path("killed.log").read_text()
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        return process.wait(TIMEOUT_S) == -signal.SIGKILL and lines.read_bytes().count(b"\n") < N * NUM_ITEMS
+# Kills itself as soon as one line of the file is written: a signal from outside may come too late on a busy machine.
+KILLED_IN_THE_MIDDLE = """
+import os, signal, sys
+from rethinker_jax.evaluation.listener import Listener
+from rethinker_jax.main import main
+
+write = Listener.records
+
+def write_one(listener, records):
+    write(listener, records[:1])
+    if records:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Listener.records = write_one
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_killed_and_started_again_it_ends_as_the_straight_run() -> None:
     """Catches items drawn twice or lost, a torn line that is kept, and noise that depends on what is left to draw."""
     lines = Path("killed.generations.jsonl")
-    for _ in range(5):  # on a busy machine it may be done before the signal comes
-        if kill_in_the_middle(lines) and not Path("killed.json").exists():
-            break
-        for path in Path().glob("*killed.*"):
-            path.unlink()
-    assert 0 < lines.read_bytes().count(b"\n") < N * NUM_ITEMS and not Path("killed.json").exists()
+    words = [*ASK, "--n", str(N), "--output", "killed.json", *SMALL]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_THE_MIDDLE, *words],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert lines.read_bytes().count(b"\n") == 1 and not Path("killed.json").exists()
     # Besides what the kill left: an item with one of its samples, and a torn line.
     whole = Path("whole.generations.jsonl").read_bytes().split(b"\n")
     there = {json.loads(line)["id"] for line in lines.read_bytes().split(b"\n")[:-1]}
