@@ -49,6 +49,28 @@ class Mask:
         return seen
 
 
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys before a row's own, of the prompts that its segments go on from.
+
+    key, value      [*rows, prefix, kv_heads, head_dim]
+    segments        int32 [*rows, prefix]: which prompt a key belongs to; 0 = padding.
+    query_segments  int32 [*rows, seq]: which prompt a query goes on from, and sees all keys of; 0 = none.
+    """
+
+    key: Any
+    value: Any
+    segments: Any
+    query_segments: Any
+
+    def dense(self) -> Bool[Array, "*rows queries prefix"]:
+        """As a boolean array, True where a key is seen."""
+        of_query = self.query_segments[..., :, None]
+        return (of_query == self.segments[..., None, :]) & (of_query > 0)
+
+
 def attend(
     query: Float[Array, "*rows seq heads head_dim"],
     key: Float[Array, "*rows keys kv_heads head_dim"],

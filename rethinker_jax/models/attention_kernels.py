@@ -25,7 +25,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rethinker_jax.errors import UserError
-from rethinker_jax.models.attention import Mask, attend
+from rethinker_jax.models.attention import Mask, Prefix, attend
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.sharding import ROWS
 
@@ -53,9 +53,13 @@ class Attention:
         key: Float[Array, "*rows seq kv_heads head_dim"],
         value: Float[Array, "*rows seq kv_heads head_dim"],
         mask: Mask,
+        prefix: Prefix | None = None,
     ) -> Float[Array, "*rows seq heads head_dim"]:
+        """Attention inside the rows by `mask`, and to the keys of a `prefix`, under one softmax."""
         seq = query.shape[-3]
-        if self.name == "cudnn":
+        if prefix is not None:
+            context = attend_behind(query, key, value, mask, prefix)
+        elif self.name == "cudnn":
             context = attend_cudnn(query, key, value, mask)
         elif self.name == "splash" and (mask.causal or mask.segments is not None):
             context = attend_splash(query, key, value, mask, self.mesh, self.interpret)
@@ -112,6 +116,14 @@ def _obstacle_to_cudnn(platform: str, dtype: Any, head_dims: tuple[int, ...]) ->
         return f"it computes in 16 bits, and the model in {jnp.dtype(dtype).name} (model.dtype)"
     wrong = [size for size in head_dims if size > 128 or size % 8]
     return f"it wants heads of 128 at most, a multiple of 8, and the model has heads of {wrong[0]}" if wrong else ""
+
+
+def attend_behind(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, prefix: Prefix
+) -> Float[Array, "*rows seq heads head_dim"]:
+    """Attention to a prefix and to the row's own keys, by `attend`."""
+    keys, values = (jnp.concatenate(pair, axis=-3) for pair in ((prefix.key, key), (prefix.value, value)))
+    return attend(query, keys, values, jnp.concatenate([prefix.dense(), mask.dense(query.shape[-3])], axis=-1))
 
 
 def attend_cudnn(
