@@ -140,7 +140,10 @@ class BucketsConfig:
     """
 
     prompt_tokens: tuple[Positive, ...] = ()  # of the longest prompt of a rollout batch
-    row_tokens: tuple[Positive, ...] = ()  # prompt and completion, in the update
+    row_tokens: tuple[Positive, ...] = ()  # length of the update's packed rows; longer sequences are cut
+    rows: tuple[Positive, ...] = ()  # packed rows of a shard; where none is enough, 16 steps a doubling
+    prefix_tokens: tuple[Positive, ...] = ()  # keys before a packed row: of shared prompts and cut sequences
+    targets: tuple[Positive, ...] = ()  # completion tokens of a shard; where none is enough, 16 steps a doubling
     # (rows, windows a row) of the vision tower; rows that data x fsdp does not divide are passed over.
     vision: tuple[tuple[Positive, Positive], ...] = ()
 
@@ -344,14 +347,22 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW; what `moments` costs and what `offload` does is told at the functions of `training/optimizer.py`."""
+
     learning_rate: PositiveFloat = 1e-6
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: Fraction = 0.5  # of the learning rate, at the end of a cosine
-    warmup_steps: NonNegative = 10  # optimizer steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: Fraction = 0.5  # of the learning rate, at the end of a cosine or a line
+    warmup_steps: NonNegative = 10  # optimizer steps; not read where warmup_fraction is above 0
+    warmup_fraction: Fraction = 0.0  # of all optimizer steps, in place of warmup_steps; 0 = off
+    rates: Mapping[Literal["vision", "merger", "decoder", "adapters"], PositiveFloat] = dataclasses.field(
+        default_factory=dict
+    )  # multipliers above 0 of the learning rate of parts; model.freeze leaves a part as it is
     b1: Fraction = 0.9
     b2: Fraction = 0.95
     weight_decay: NonNegativeFloat = 0.0
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: PositiveFloat = 1.0  # of the gradients of all parts together
+    moments: Literal["float32", "mu_bfloat16", "bfloat16"] = "float32"  # as kept; bfloat16 not with b2 above 0.99
+    offload: bool = False  # moments lie in host memory between steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +370,7 @@ class TrainingConfig:
     """How rows become optimizer steps."""
 
     batch_size: Positive = 64  # rows per optimizer step
-    micro_batch_size: NonNegative = 0  # rows per forward and backward; 0 = batch_size
+    micro_batch_tokens: NonNegative = 0  # prompt and completion tokens of a shard per forward and backward; 0 = all
     max_skipped_updates: NonNegative = 10  # non-finite gradients survived before the run stops
 
 
@@ -373,12 +384,31 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-    """Supervised fine-tuning (`main sft`). Rows: problems with a `completion`: text or [{text, loss}]."""
+    """Supervised fine-tuning (`main sft`); what rows may look like stands in docs/sft.md."""
 
-    data: str = ""  # parquet or JSON lines with a completion column, or example:sft-STAGE
-    num_steps: Positive = 1000
-    batch_size: Positive = 64
-    max_completion_tokens: Positive = 64
+    data: str = ""  # parquet, JSON lines, a JSON list, a hub id, or example:sft-STAGE
+    format: Literal["auto", "question", "conversation", "alpaca"] = "auto"  # of the rows; auto = by their columns
+    num_steps: Positive = 1000  # optimizer steps
+    num_epochs: NonNegative = 0  # passes over the rows, in place of num_steps; the last batch may be short; 0 = off
+    batch_size: Positive = 64  # rows per optimizer step
+    max_completion_tokens: Positive = 64  # behind the first question: end tokens and later turns count too
+    overlong: Literal["cut", "drop"] = "cut"  # rows with longer completions: learned without their end, or left out
+    learned_turns: Literal["all", "last"] = "all"  # of an assistant in a conversation
+    validation: str = ""  # rows to measure on, as in data
+    validation_fraction: Fraction = 0.0  # share of data held out to measure on, in place of validation
+    validation_rows: NonNegative = 256  # at most so many of them are measured; 0 = all
+    validate_every: Positive = 100  # steps; before the first step and after the last in any case
+    evaluate: bool = False  # answer data.test before and after, as train does; wants sampling and evaluation set
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Rows and traces worth learning from, by their samples (`main select`); the filters are in docs/curation.md."""
+
+    filters: tuple[str | Mapping[str, Any], ...] = ()  # as [correct, {words: {max: 500}}, {pick: shortest}], in order
+    mode: Literal["rows", "traces"] = "rows"  # what is written: problems for RL, or completions for sft
+    difficulty: Literal["", "easy", "medium", "hard"] = ""  # of the sources that are kept; "" = all
+    ratings: str = ""  # a JSON or YAML file {source: 0 to 10}; "" = difficulty by error rates alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,3 +430,4 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sft: SftConfig = SftConfig()
+    select: SelectConfig = SelectConfig()

@@ -9,6 +9,7 @@ from typing import Any
 from rethinker_jax.config import REWARD_TERMS, Config, LossConfig, MeshConfig, ReplayConfig, RewardConfig
 from rethinker_jax.config_keys import nearest
 
+MOST_B2_IN_BFLOAT16 = 0.99
 USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -23,6 +24,7 @@ def check(config: Config) -> list[str]:
         *_check_reward(config.reward),
         *_check_rethink(config),
         *_check_learning(config),
+        *_check_optimizer(config),
         *_check_loss(config.loss),
         *_check_kl(config.loss),
     ]
@@ -72,11 +74,9 @@ def _check_sampling(config: Config) -> list[str]:
 
 
 def _check_batches(config: Config) -> list[str]:
-    batch, micro = config.training.batch_size, config.training.micro_batch_size
+    batch = config.training.batch_size
     prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     problems = []
-    if micro and batch % micro:
-        problems.append(f"training.batch_size {batch} is not a multiple of training.micro_batch_size {micro}")
     estimator, k = config.advantage.estimator, config.advantage.k
     if samples < 2 and estimator not in ("remax", "reinforce_plus_plus"):
         problems.append(
@@ -191,6 +191,23 @@ def _check_learning(config: Config) -> list[str]:
         for name, value in (("b1", config.optimizer.b1), ("b2", config.optimizer.b2))
         if value >= 1
     ]
+    return problems
+
+
+def _check_optimizer(config: Config) -> list[str]:
+    optimizer, lora = config.optimizer, config.model.lora
+    problems = []
+    if optimizer.moments == "bfloat16" and optimizer.b2 > MOST_B2_IN_BFLOAT16:
+        problems.append(
+            f"optimizer.moments is bfloat16 with optimizer.b2 {optimizer.b2}, in which the second moment could never "
+            f"fall; wanted b2 of at most {MOST_B2_IN_BFLOAT16}, or moments mu_bfloat16"
+        )
+    for part in optimizer.rates:
+        if (part == "adapters") != bool(lora.rank):
+            why = f"model.lora.rank is {lora.rank}: {'adapters alone are' if lora.rank else 'no adapters are'} trained"
+            problems.append(f"optimizer.rates has {part}, but {why}")
+        elif part in config.model.freeze:
+            problems.append(f"optimizer.rates has {part}, which model.freeze leaves as it is")
     return problems
 
 

@@ -11,20 +11,12 @@ from rethinker_jax import consistency, replay, rethink
 from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rewards.terms import add_part
 from rethinker_jax.rollout import Group, budgets_of, roll_out
 from rethinker_jax.step_metrics import share
-from rethinker_jax.system import System
-from rethinker_jax.training.batch import (
-    COMPLETION_STEP,
-    TrainBatch,
-    TrainRow,
-    pack_micro_batches,
-    pack_rows,
-    round_up,
-)
+from rethinker_jax.system import System, pack_to_train
+from rethinker_jax.training.batch import COMPLETION_STEP, Packed, TrainRow, round_up
 from rethinker_jax.training.losses import kl_estimate
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Prompt, Rollout
@@ -196,7 +188,7 @@ def experience_of(group: Group, rollout: Rollout, update: int) -> replay.Experie
 
 def make_batches(
     config: Config, system: System, prompt_of: dict[int, Prompt], chosen: replay.Selection, first_update: bool
-) -> list[TrainBatch]:
+) -> Packed:
     """The micro-batches of one optimizer step. Only in the first one of a step is the policy the sampler's own.
 
     A replayed row without a prompt, whose image was lost since, is left out. A row's weight is on its advantage, with
@@ -213,10 +205,7 @@ def make_batches(
     fresh = [row(one, first_update, weight) for one, weight in zip(chosen.fresh, weights[:split], strict=True)]
     replayed = zip(chosen.replayed, weights[split:], strict=True)
     rows = fresh + [row(one, False, weight) for one, weight in replayed if one.problem in prompt_of]
-    size = config.training.batch_size
-    micro = config.training.micro_batch_size or size
-    length, shards = longest_completion(config, system), row_shards(system.mesh)
-    return pack_micro_batches(rows, system.geometry, length, size, micro, config.buckets, shards)
+    return pack_to_train(config, system, rows, longest_completion(config, system), config.training.batch_size)
 
 
 def loss_of(config: Config, system: System) -> LossConfig:
@@ -239,14 +228,16 @@ def trainer_log_probs(config: Config, system: System) -> bool:
 def teacher_forced(
     config: Config, system: System, updater: Updater, params: Params, rows: Sequence[TrainRow]
 ) -> list[np.ndarray]:
-    """float32 [length] log-probs of every row's completion under `params`, in batches of one shape."""
-    size, found = config.training.micro_batch_size or config.training.batch_size, []
-    length, shards = longest_completion(config, system), row_shards(system.mesh)
+    """float32 [length] log-probs of every row's completion under `params`, in batches such as the update's."""
+    size, found = config.training.batch_size, []
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
-        batch = pack_rows(chunk, system.geometry, length, size, config.buckets, shards)
-        values = np.asarray(jax.device_get(updater.log_probs(params, batch)), np.float32)
-        found += [values[place, : len(row.completion_ids)] for place, row in enumerate(chunk)]
+        packed = pack_to_train(config, system, chunk, longest_completion(config, system), size)
+        made: dict[int, np.ndarray] = {}
+        for batch, numbers in zip(packed.batches, packed.rows, strict=True):
+            values = np.asarray(jax.device_get(updater.log_probs(params, batch)), np.float32)
+            made |= {number: values[place] for place, number in enumerate(numbers)}
+        found += [made[number][: len(row.completion_ids)] for number, row in enumerate(chunk)]
     return found
 
 

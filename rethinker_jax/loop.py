@@ -36,7 +36,7 @@ from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rewards.terms import check_row
 from rethinker_jax.rollout import Group, roll_out
 from rethinker_jax.run_directory import RunDirectory, hash_of, versions
-from rethinker_jax.step_metrics import batch_metrics, padding_share, rollout_metrics, sampling_metrics, share
+from rethinker_jax.step_metrics import batch_metrics, packing_metrics, rollout_metrics, sampling_metrics, share
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -245,9 +245,9 @@ def learn(
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), progress.step, run))
-            batches = make_batches(config, system, prompt_of, chosen, start == 0)
-            progress.state, made = updater.step(progress.state, batches, progress.kl_coefficient)
-            sums = made | {"row_padding_share": padding_share(batches)}
+            packed = make_batches(config, system, prompt_of, chosen, start == 0)
+            progress.state, made = updater.step(progress.state, packed.batches, progress.kl_coefficient)
+            sums = made | packing_metrics(packed)
             if config.loss.kl == "loss":
                 sums["kl_coefficient"] = progress.kl_coefficient
                 follow_kl(config, progress, made, len(chosen.fresh) + len(chosen.replayed))

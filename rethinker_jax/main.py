@@ -22,7 +22,7 @@ from rethinker_jax.mesh_spec import is_mesh_spec, parse_mesh
 PROGRAM = "python -m rethinker_jax.main"
 NOT_YET = ("plan",)
 MEMORY_LEVERS = (
-    "Take more devices (--mesh), or lower sampling.num_slots, training.micro_batch_size or the token budgets, or set "
+    "Take more devices (--mesh), or lower sampling.num_slots, training.micro_batch_tokens or the token budgets, or set "
     "model.remat=full, model.lora.rank or model.freeze (docs/recipes.md, Memory)."
 )
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^\s=]+)?=.*", re.DOTALL)

@@ -8,7 +8,7 @@ import numpy as np
 from rethinker_jax import rethink
 from rethinker_jax.replay import Experience, Selection
 from rethinker_jax.rollout import Group, Rolled
-from rethinker_jax.training.batch import TrainBatch
+from rethinker_jax.training.batch import Packed
 from rethinker_jax.types import Verdict
 
 NOT_CORRECT = ("wrong", "no_answer", "bad_gold", "timeout", "crash")
@@ -89,9 +89,12 @@ def sampling_metrics(rolled: Rolled) -> dict[str, float]:
     return metrics
 
 
-def padding_share(batches: Sequence[TrainBatch]) -> float:
-    """Of the token places of an optimizer step, the share that holds none."""
-    return 1 - sum(batch.num_tokens for batch in batches) / sum(batch.text.token_ids.size for batch in batches)
+def packing_metrics(packed: Packed) -> dict[str, float]:
+    """Of the token places of an optimizer step, the share that holds none; and what shared prompts save."""
+    return {
+        "row_padding_share": 1 - packed.num_tokens / packed.num_places,
+        "shared_prompt_saving": 1 - packed.num_tokens / max(packed.num_separate, 1),
+    }
 
 
 def batch_metrics(

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rethinker_jax.models.lora import adapt_params, adapter_layout, init_adapter
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig, VisionConfig, read_config
-from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings
+from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, row_shards
 from rethinker_jax.models.weights import load_params
 from rethinker_jax.prompts.build import PromptBuilder
 from rethinker_jax.prompts.images import ImageSettings
@@ -26,6 +27,7 @@ from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry
 from rethinker_jax.sampling.prefill import sampling_layout
 from rethinker_jax.sampling.sampler import Sampler
+from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
 from rethinker_jax.training.optimizer import make_optimizer
 from rethinker_jax.training.update import AverageRule, Updater, UpdateRule
 
@@ -123,8 +125,20 @@ def make_updater(config: Config, system: System, num_updates: int, loss: LossCon
     average = None
     if consistency.weight and consistency.model == "ema":
         average = AverageRule(consistency.ema_decay, consistency.ema_every)
-    rule = UpdateRule(system.model, optimizer, loss, system.dtype, config.model.freeze, average)
+    rule = UpdateRule(
+        system.model, optimizer, loss, system.dtype, config.model.freeze, average, config.optimizer.offload
+    )
     return Updater(rule, system.params, system.mesh)
+
+
+def pack_to_train(
+    config: Config, system: System, rows: Sequence[TrainRow], completion_length: int, num_rows: int
+) -> Packed:
+    """At most `num_rows` rows as micro-batches for this mesh; `completion_length` bounds their completions."""
+    return pack_micro_batches(
+        rows, system.geometry, completion_length, num_rows, config.training.micro_batch_tokens, config.buckets,
+        row_shards(system.mesh),
+    )  # fmt: skip
 
 
 def training_shardings(config: QwenConfig, mesh: Mesh) -> Params:

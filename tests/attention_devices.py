@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rethinker_jax.models.attention import Mask
+from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import PLAIN, Attention, choose_attention
 from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
@@ -59,15 +59,35 @@ def attention_gradients(attention: Attention, arrays: tuple[Any, ...], mask: Mas
     return jax.value_and_grad(total, (0, 1, 2))(*arrays)
 
 
-def kernel_error(shape: tuple[int, ...], rows: int, heads: int, kv_heads: int) -> float:
+def gradients_behind(attention: Attention, arrays: tuple[Any, ...], mask: Mask, ids: tuple[Any, Any]) -> Any:
+    """Arrays: query, key, value, and the prefix's key and value. Ids: the prefix's, and of the queries' prompts."""
+
+    def total(query: jax.Array, key: jax.Array, value: jax.Array, *prefix: jax.Array) -> jax.Array:
+        context = attention(query, key, value, mask, Prefix(*prefix, *ids))
+        return jnp.sum(jnp.sin(context).astype(jnp.float32))
+
+    return jax.value_and_grad(total, tuple(range(5)))(*arrays)
+
+
+def kernel_errors(shape: tuple[int, ...], rows: int, heads: int, kv_heads: int) -> tuple[float, float]:
+    """Without a prefix, and behind one."""
     mesh = make_mesh(shape, jax.devices())
     rng = np.random.default_rng(0)
-    arrays = tuple(rng.normal(size=(rows, 40, n, 8)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
-    mask = Mask(causal=True, segments=rng.integers(0, 3, (rows, 40)).astype(np.int32))
+    sizes = (40, heads), (40, kv_heads), (40, kv_heads), (30, kv_heads), (30, kv_heads)
+    arrays = tuple(rng.normal(size=(rows, *size, 8)).astype(np.float32) for size in sizes)
+    segments, before, prompts = (rng.integers(0, 3, (rows, n)).astype(np.int32) for n in (40, 30, 40))
+    mask = Mask(causal=True, segments=segments)
     splash = Attention("splash", mesh, interpret=True)
-    whole = NamedSharding(mesh, PartitionSpec())
-    run = jax.jit(attention_gradients, static_argnums=0)
-    return error(run(splash, *jax.device_put((arrays, mask), whole)), run(PLAIN, arrays, mask))
+
+    def compare(gradients: Any, *arguments: Any) -> float:
+        run = jax.jit(gradients, static_argnums=0)
+        whole = NamedSharding(mesh, PartitionSpec())
+        return error(run(splash, *jax.device_put(arguments, whole)), run(PLAIN, *arguments))
+
+    return (
+        compare(attention_gradients, arrays[:3], mask),
+        compare(gradients_behind, arrays, mask, (before, prompts)),
+    )
 
 
 def make_batch(config: QwenConfig) -> tuple[TextBatch, VisionBatch]:
@@ -109,7 +129,7 @@ def run_on_a_mesh(config: QwenConfig) -> dict[str, Any]:
     wanted = run(define_model(config), jnp.float32, alone, *batch)
     specs = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, drawn, shardings)
     return {
-        "kernel": {name: kernel_error(*case) for name, case in CASES.items()},
+        "kernel": {name: kernel_errors(*case) for name, case in CASES.items()},
         "model": error(found, wanted),
         "init": error(drawn, alone),
         "in their places": all(jax.tree.leaves(specs)),
@@ -137,9 +157,12 @@ def count_kernels(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
     batch = jax.tree.map(lambda leaf: on(leaf.shape, leaf.dtype), make_batch(config))
     model = define_model(config, remat=True, attention=attention)
     gradients = functools.partial(attention_gradients, attention)
+    ids = [on((4, n), jnp.int32, *ROWS) for n in (1024, 600, 1024)]
+    behind = (*arrays(1024, (28, 4, 4), 128), *arrays(600, (4, 4), 128)), Mask(True, segments=ids[0]), tuple(ids[1:])
     return {
         "chosen": attention.name,
         "text": count(gradients, arrays(1024, (28, 4, 4), 128), Mask(True, on((4,), jnp.int32, *ROWS))),
+        "behind": count(functools.partial(gradients_behind, attention), *behind),
         "vision": count(gradients, arrays(1280, (16, 16, 16), 80), Mask(segments=on((4, 1280), jnp.int32, *ROWS))),
         "model": count(functools.partial(model_gradients, model, jnp.bfloat16), params, *batch),
     }

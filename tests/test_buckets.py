@@ -13,15 +13,15 @@ from rethinker_jax.config import BucketsConfig, Config, DataConfig, LossConfig, 
 from rethinker_jax.devices import CompileCounter
 from rethinker_jax.prompts.windows import choose_bucket
 from rethinker_jax.sampling.sampler import Budgets, Counters, Request
-from rethinker_jax.step_metrics import padding_share
+from rethinker_jax.step_metrics import packing_metrics
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
+from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
 
 PROMPT_TOKENS, ROW_TOKENS = (128, 256), (160, 288)
 VISION = ((2, 4), (4, 16))  # rows, windows a row; an image has at most 16 windows
-BUCKETS = BucketsConfig(PROMPT_TOKENS, ROW_TOKENS, VISION)
+BUCKETS = BucketsConfig(PROMPT_TOKENS, ROW_TOKENS, rows=(2,), targets=(64,), vision=VISION)
 NUM_PROMPTS, NUM_NEW = 2, 6
 NUM_BATCHES = 200
 
@@ -35,7 +35,7 @@ class Run:
     state: TrainState
     compiled: CompileCounter
 
-    def feed(self, prompts: list[Prompt], lengths: list[int]) -> tuple[Counters, TrainBatch, int]:
+    def feed(self, prompts: list[Prompt], lengths: list[int]) -> tuple[Counters, Packed, int]:
         """Draw from the prompts, and make a step on completions of `lengths` tokens. Counts what was compiled."""
         before = self.compiled.count
         requests = [Request(prompt, 0) for prompt in prompts]
@@ -45,10 +45,15 @@ class Run:
             num_prompts=NUM_PROMPTS,
         )  # fmt: skip
         rows = [make_row(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
-        batch = pack_rows(rows, self.system.geometry, 32, NUM_PROMPTS, BUCKETS)
-        self.state, sums = self.updater.step(self.state, [batch])
+        packed = pack_micro_batches(rows, self.system.geometry, 32, NUM_PROMPTS, 0, BUCKETS)
+        self.state, sums = self.updater.step(self.state, packed.batches)
         assert np.isfinite(jax.device_get(sums["loss"]))
-        return counters, batch, self.compiled.count - before
+        return counters, packed, self.compiled.count - before
+
+
+def shape_of(packed: Packed) -> tuple[int, tuple[int, ...] | None]:
+    [batch] = packed.batches
+    return batch.text.token_ids.shape[-1], None if batch.vision is None else batch.vision.shape
 
 
 def make_row(prompt: Prompt, length: int) -> TrainRow:
@@ -82,11 +87,11 @@ def test_no_resolution_number_or_length_compiles_anew(run: Run) -> None:
     """Catches a shape that depends on an image's grid, on the number of images or on a length, and not on a bucket."""
     small, large, seen = (56, 56), (220, 220), set()
     # Short and long prompts with no image, small ones and large ones: every bucket once.
-    for words in (5, 70):
+    for words in (5, 72):
         for number, images in enumerate(([], [small], [large])):
             prompts = [make_prompt(run.system, f"warm-{words}-{number}-{i}", images, words) for i in range(NUM_PROMPTS)]
-            _, batch, _ = run.feed(prompts, [1] * NUM_PROMPTS)
-            seen.add((batch.text.token_ids.shape[1], None if batch.vision is None else batch.vision.shape))
+            _, packed, _ = run.feed(prompts, [1] * NUM_PROMPTS)
+            seen.add(shape_of(packed))
     assert len(seen) == len(ROW_TOKENS) * (len(VISION) + 1)
     assert run.compiled.count > 2 * len(seen)  # else nothing is counted
 
@@ -98,29 +103,33 @@ def test_no_resolution_number_or_length_compiles_anew(run: Run) -> None:
             sizes = [(rng.randrange(28, 221), rng.randrange(28, 221)) for _ in range(rng.choice((0, 0, 1, 1, 2)))]
             prompts.append(make_prompt(run.system, f"{number}-{i}", sizes, rng.randrange(1, 45)))
         lengths = [rng.randrange(1, 33) for _ in prompts]
-        counters, batch, compiled = run.feed(prompts, lengths)
+        counters, packed, compiled = run.feed(prompts, lengths)
+        vision = packed.batches[0].vision
         grids |= {image.grid for prompt in prompts for image in prompt.images}
-        shape = batch.text.token_ids.shape[1], None if batch.vision is None else batch.vision.shape
-        shapes.add(shape)
-        assert compiled == 0, f"batch {number} compiled {compiled} programs: {shape}, {sizes}, {lengths}"
+        shapes.add(shape_of(packed))
+        assert compiled == 0, f"batch {number} compiled {compiled} programs: {shape_of(packed)}, {sizes}, {lengths}"
 
         # Waste is what was padded: by hand, from the lengths and the bucket.
         longest = max(map(len, prompts))
         tokens = sum(map(len, prompts))
         assert counters.prompt_fill == pytest.approx(tokens / NUM_PROMPTS / choose_bucket(longest, PROMPT_TOKENS))
-        if batch.vision is not None:
+        if vision is not None:
             patches = {id(image): len(image.patches) for prompt in prompts for image in prompt.images}
-            assert batch.vision.fill == counters.vision_fill
-            assert batch.vision.fill * batch.vision.valid.size == pytest.approx(sum(patches.values()))
-        used = tokens + sum(lengths)
-        assert padding_share([batch]) == pytest.approx(1 - used / batch.text.token_ids.size)
-        padding.append(padding_share([batch]))
+            assert vision.fill == counters.vision_fill
+            assert vision.fill * vision.valid.size == pytest.approx(sum(patches.values()))
+        used = tokens + sum(lengths) - NUM_PROMPTS  # a completion's last token predicts nothing
+        found = packing_metrics(packed)
+        assert found["row_padding_share"] == pytest.approx(1 - used / packed.batches[0].text.token_ids.size)
+        assert found["shared_prompt_saving"] == 0
+        padding.append(found["row_padding_share"])
     assert len(grids) > 40 and len(shapes) >= 4 and len(set(padding)) > 100
 
 
 def test_what_no_bucket_holds_is_compiled_and_not_refused(run: Run) -> None:
     """Catches a stop, or a cut prompt, where a row is longer than every bucket of the config."""
     prompt = make_prompt(run.system, "long", [], PROMPT_TOKENS[-1] + 10)
-    counters, batch, compiled = run.feed([prompt, prompt], [3, 3])
-    assert compiled > 0 and batch.text.token_ids.shape[1] > ROW_TOKENS[-1] - 10
-    assert counters.prompts == 1 and batch.num_tokens == 2 * (len(prompt) + 3)
+    counters, packed, compiled = run.feed([prompt, prompt], [3, 3])
+    assert compiled > 0 and packed.batches[0].text.token_ids.shape[-1] == ROW_TOKENS[-1]
+    # The prompt without its last token, which is run with each completion; these without their own last one.
+    assert counters.prompts == 1 and packed.num_tokens == len(prompt) - 1 + 2 * 3
+    assert packed.num_separate == 2 * (len(prompt) + 2)

@@ -251,7 +251,10 @@ INCONSISTENT = [
     (["sampling.top_p=0"], "sampling.top_p is 0"),
     (["sampling.stop_strings=['']"], "sampling.stop_strings holds an empty string"),
     (["data.min_pixels=10", "data.max_pixels=9"], "data.min_pixels 10 is above data.max_pixels 9"),
-    (["training.micro_batch_size=48"], "64 is not a multiple of training.micro_batch_size 48"),
+    (["optimizer.moments=bfloat16", "optimizer.b2=0.999"], "in which the second moment could never fall"),
+    (["optimizer.rates={adapters: 2}"], "optimizer.rates has adapters, but model.lora.rank is 0"),
+    (["optimizer.rates={decoder: 2}", "model.lora.rank=4"], "optimizer.rates has decoder, but model.lora.rank is 4"),
+    (["optimizer.rates={vision: 0.1}", "model.freeze=[vision]"], "vision, which model.freeze leaves as it is"),
     (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt is 1"),
     (["rollout.prompts_per_step=9"], "= 72 rows cannot be cut into batches of training.batch_size 64"),
     (["training.batch_size=12", "rollout.prompts_per_step=3"], "12 is not a multiple of rollout.samples_per_prompt 8"),
@@ -277,7 +280,7 @@ def test_contradictions_are_not_seen_where_there_are_none():
     assert check(Config()) == []
     assert check(Config(mesh=MeshConfig(data=2, fsdp=4, tensor=1))) == []
     load_defaults(["training.batch_size=12", "rollout.prompts_per_step=3", "replay.mode=none"])
-    load_defaults(["rethink.fraction=0", "sampling.temperature=0", "training.micro_batch_size=16"])
+    load_defaults(["rethink.fraction=0", "sampling.temperature=0", "training.micro_batch_tokens=16"])
 
 
 def test_description_has_every_key_with_its_comment():

@@ -28,7 +28,7 @@ from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
 from rethinker_jax.run_directory import RunDirectory
 from rethinker_jax.system import System, load_system
-from rethinker_jax.training.batch import TrainBatch
+from rethinker_jax.training.batch import PackedText, TrainBatch
 from rethinker_jax.training.optimizer import make_optimizer
 from rethinker_jax.training.update import TrainState, Updater, UpdateRule
 from rethinker_jax.verify.pool import VerifierPool
@@ -76,12 +76,23 @@ class RecordingUpdater(Updater):
 
 def row_of(batch: TrainBatch, place: int) -> Taught:
     length = int(batch.completion_mask[place].sum())
+    targets = batch.token_index[place, :length]
     return Taught(
-        tuple(batch.text.token_ids[place, : batch.text.lengths[place] - length].tolist()),
-        tuple(batch.completion_ids[place, :length].tolist()),
+        tuple(seen_by(batch.text, int(batch.target_index.flat[targets[0]]))),
+        tuple(batch.target_ids.flat[targets].tolist()),
         tuple(batch.old_log_probs[place, :length].tolist()),
         float(batch.advantages[place]),
     )
+
+
+def seen_by(text: PackedText, place: int) -> list[int]:
+    """The tokens that the one at `place` of the only shard sees, itself included: its prompt, if it predicts first."""
+    row, column = divmod(place, text.token_ids.shape[-1])
+    prefix = text.prefix_index[0, row][text.prefix_segments[0, row] == text.query_segments[0, row, column]]
+    if not text.query_segments[0, row, column]:
+        prefix = prefix[:0]
+    own = np.flatnonzero(text.segments[0, row, : column + 1] == text.segments[0, row, column])
+    return [*text.token_ids[0].flat[prefix].tolist(), *text.token_ids[0, row, own].tolist()]
 
 
 def rows_of(groups: Sequence[Group]) -> list[Taught]:

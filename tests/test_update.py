@@ -14,7 +14,7 @@ import optax
 import pytest
 from PIL import Image
 
-from rethinker_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from rethinker_jax.config import BucketsConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.prompts.batch import pack_prompts
 from rethinker_jax.system import System, load_system, make_updater
@@ -263,12 +263,21 @@ def test_gradients_reach_every_parameter_through_the_images(tiny):
 
 def test_padding_changes_nothing(tiny):
     """Noise in the place of padding tokens and of the padding row. Catches losses over padding, and attention to it."""
-    rows = shifted(tiny.own(make_rows(tiny)))
-    batch = tiny.pack(rows)
+    rows = make_rows(tiny)
+    rows.append(dataclasses.replace(rows[2], prompt=rows[0].prompt, advantage=0.5))
+    rows = shifted(tiny.own(rows))
+    buckets = BucketsConfig(row_tokens=(96,), rows=(4,), targets=(40,))
+    batch = pack_rows(rows, tiny.system.geometry, LENGTH, NUM_ROWS + 1, buckets)
+    assert 0 < (batch.text.prefix_segments > 0).mean() < 1
     rng = np.random.default_rng(3)
     text = batch.text
-    real = text.mask & (np.arange(NUM_ROWS) < len(rows))[:, None]
+    real = text.segments > 0
     there = batch.completion_mask
+    used = np.isin(np.arange(batch.target_ids.size).reshape(batch.target_ids.shape), batch.token_index[there])
+    assert not real.all() and not used.all()  # else there is no padding
+    places = real.size
+
+    there_rows = np.arange(NUM_ROWS + 1) < len(rows)
 
     def fill(array, mask, low, high):
         return np.where(mask, array, rng.integers(low, high, array.shape)).astype(array.dtype)
@@ -280,13 +289,15 @@ def test_padding_changes_nothing(tiny):
             token_ids=fill(text.token_ids, real, 5, 200),
             positions=fill(text.positions, real[None], 0, 50),
             image_index=np.where(real, text.image_index, 0).astype(np.int32),
-            lengths=np.where(np.arange(NUM_ROWS) < len(rows), text.lengths, 7).astype(np.int32),
+            query_segments=fill(text.query_segments, real, 0, 3),
+            prefix_index=fill(text.prefix_index, text.prefix_segments > 0, 0, places),
         ),
-        state_index=fill(batch.state_index, there, 0, text.token_ids.shape[1]),
-        completion_ids=fill(batch.completion_ids, there, 5, 200),
+        target_index=fill(batch.target_index, used, 0, places),
+        target_ids=fill(batch.target_ids, used, 5, 200),
+        token_index=fill(batch.token_index, there, 0, used.size),
         old_log_probs=fill(batch.old_log_probs, there, -9, 0),
-        advantages=fill(batch.advantages, np.arange(NUM_ROWS) < len(rows), 1, 9),
-        fresh=np.ones(NUM_ROWS, bool),
+        advantages=fill(batch.advantages, there_rows, 1, 9),
+        fresh=np.ones(NUM_ROWS + 1, bool),
     )
     (clean_state, clean), (noisy_state, dirty) = tiny.step(batch), tiny.step(noisy)
     assert clean == pytest.approx(dirty, rel=1e-5, abs=1e-7)
@@ -352,7 +363,7 @@ def test_micro_batches_are_the_whole_batch(tiny):
     rows = shifted(tiny.own(make_rows(tiny)))
     rows = [rows[0], rows[2], rows[1]]
     whole_state, whole = tiny.step(tiny.pack(rows))
-    halves = pack_micro_batches(rows, tiny.system.geometry, LENGTH, NUM_ROWS, 2)
+    halves = pack_micro_batches(rows, tiny.system.geometry, LENGTH, NUM_ROWS, 100).batches
     assert len(halves) == 2
     split_state, split = tiny.step(*halves)
     assert split == pytest.approx(whole, rel=1e-4, abs=1e-6)
@@ -360,26 +371,29 @@ def test_micro_batches_are_the_whole_batch(tiny):
 
 
 def test_micro_batches_have_one_shape(tiny):
-    """Few rows leave micro-batches empty: replay found nothing to fill them with. Images that are wider in one than in
-    the other widen both, and still lie where their tokens look for them."""
+    """Images that are wider in one micro-batch than in the other widen both, and still lie where their tokens look for
+    them; a micro-batch without images has room for some, and without a row at all there is one batch."""
     rows = make_rows(tiny)
     wide = tiny.system.builder.build(Problem("wide", "<image>?", "2", (png(252, 168, 4),)))
-    chunks = pack_micro_batches(
-        [rows[0], dataclasses.replace(rows[1], prompt=wide), rows[2]], tiny.system.geometry, LENGTH, 5, 1
-    )
-    assert len(chunks) == 5
+    none = dataclasses.replace(rows[1])
+    mixed = [rows[0], dataclasses.replace(rows[1], prompt=wide), rows[2], none]
+    packed = pack_micro_batches(mixed, tiny.system.geometry, LENGTH, 5, 1)
+    assert sorted(packed.rows) == [(0,), (1,), (2,), (3,)]
+    chunks = [packed.batches[packed.rows.index((number,))] for number in range(4)]
     assert len({str([leaf.shape for leaf in jax.tree.leaves(chunk)]) for chunk in chunks}) == 1
     visions = [chunk.vision for chunk in chunks if chunk.vision is not None]
     # Segments count the images of a vision row from 1; 0 is padding.
     seen = [len({(r, s) for r, row in enumerate(vision.segment) for s in row if s}) for vision in visions]
-    assert seen == [1, 1, 2, 0, 0]
+    assert seen == [1, 1, 2, 0]
     # The first patch of every image token is its own, in row-major order of the picture.
     unit = tiny.system.geometry.unit_patches
     index = chunks[1].text.image_index[chunks[1].text.image_index >= 0]
     patches = visions[1].patches.reshape(-1, unit, visions[1].patches.shape[-1])
     np.testing.assert_array_equal(patches[index, 0], wide.images[0].patches[::unit])
-    texts = pack_micro_batches([rows[1]], tiny.system.geometry, LENGTH, 2, 1)
+    texts = pack_micro_batches([rows[1], none], tiny.system.geometry, LENGTH, 2, 1).batches
     assert [chunk.vision for chunk in texts] == [None, None]
+    [nothing] = pack_micro_batches([], tiny.system.geometry, LENGTH, 2, 1).batches
+    assert not nothing.completion_mask.any() and not nothing.text.segments.any()
     with pytest.raises(ValueError, match="at most 2 rows, got 3"):
         pack_rows(rows, tiny.system.geometry, LENGTH, 2)
 

@@ -87,7 +87,7 @@ def make_rows(tiny: Tiny, updater: Updater, two_samplers: bool) -> list[TrainRow
         zeros = np.zeros(length, np.float32)
         ids = rng.integers(5, 200, length).astype(np.int32)
         rows.append(TrainRow(tiny.prompts[place % 2], ids, tokens > 1, tokens <= 1, zeros, advantage))
-    own = log_probs(updater, tiny.system.params, pack(tiny, rows, NUM_ROWS))
+    own = log_probs(updater, tiny.system.params, pack(tiny, rows))
     for place, row in enumerate(rows):
         # The model is one optimizer step further when the rows are used.
         old = (own[place, : len(row.loss_mask)] + rng.normal(0, 0.3, len(row.loss_mask))).astype(np.float32)
@@ -96,8 +96,8 @@ def make_rows(tiny: Tiny, updater: Updater, two_samplers: bool) -> list[TrainRow
     return rows
 
 
-def pack(tiny: Tiny, rows: list[TrainRow], micro_rows: int) -> list[TrainBatch]:
-    return pack_micro_batches(rows, tiny.system.geometry, LENGTH, NUM_ROWS, micro_rows)
+def pack(tiny: Tiny, rows: list[TrainRow], micro_tokens: int = 0) -> list[TrainBatch]:
+    return list(pack_micro_batches(rows, tiny.system.geometry, LENGTH, NUM_ROWS, micro_tokens).batches)
 
 
 def log_probs(updater: Updater, params: Any, batches: list[TrainBatch]) -> np.ndarray:
@@ -106,7 +106,7 @@ def log_probs(updater: Updater, params: Any, batches: list[TrainBatch]) -> np.nd
 
 
 def one_step_on(tiny: Tiny, updater: Updater, rows: list[TrainRow]) -> TrainState:
-    return updater.step(fresh_state(tiny, updater), pack(tiny, rows, NUM_ROWS))[0]
+    return updater.step(fresh_state(tiny, updater), pack(tiny, rows))[0]
 
 
 def floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -120,7 +120,7 @@ def test_every_part_of_the_loss_is_that_of_a_loop(tiny: Tiny) -> None:
     updater = tiny.updater(FULL)
     rows = make_rows(tiny, updater, two_samplers=True)
     state = one_step_on(tiny, updater, rows)
-    batches = pack(tiny, rows, NUM_ROWS)
+    batches = pack(tiny, rows)
     new = log_probs(updater, state.params, batches)
     ref = log_probs(updater, tiny.system.params, batches)
     kept = jax.tree.map(np.array, updater.reference)
@@ -162,19 +162,19 @@ def test_every_part_of_the_loss_is_that_of_a_loop(tiny: Tiny) -> None:
 def test_at_the_start_the_policy_is_the_reference(tiny: Tiny) -> None:
     """Catches a reference from other weights, in another layout, or without the prompt."""
     updater = tiny.updater(FULL)
-    batches = pack(tiny, make_rows(tiny, updater, two_samplers=True), NUM_ROWS)
+    batches = pack(tiny, make_rows(tiny, updater, two_samplers=True))
     metrics = floats(updater.step(fresh_state(tiny, updater), batches)[1])
     assert abs(metrics["kl"]) < 1e-6 and metrics["skipped_update"] == 0
 
 
-@pytest.mark.parametrize("micro_rows", [2, 1])
-def test_micro_batches_are_the_whole_batch(tiny: Tiny, micro_rows: int) -> None:
-    """1 x 4 rows against 2 x 2 and 4 x 1, the last of them empty, with every term at work. Catches means inside
+@pytest.mark.parametrize("micro_tokens", [40, 1])
+def test_micro_batches_are_the_whole_batch(tiny: Tiny, micro_tokens: int) -> None:
+    """One batch against two and three, the groups broken up, with every term at work. Catches means inside
     micro-batches in the sequence ratio's weights, the KL's or the importance weights'."""
     updater = tiny.updater(FULL)
     rows = make_rows(tiny, updater, two_samplers=True)
     results = []
-    for size in (NUM_ROWS, micro_rows):
+    for size in (0, micro_tokens):
         state = one_step_on(tiny, updater, rows)
         state, metrics = updater.step(state, pack(tiny, rows, size))
         results.append((floats(metrics), optax.tree.get(state.opt_state, "mu")))
@@ -186,7 +186,7 @@ def test_micro_batches_are_the_whole_batch(tiny: Tiny, micro_rows: int) -> None:
 def test_a_moving_coefficient_compiles_nothing(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a coefficient that is a constant of the trace: an adaptive one would compile every update anew."""
     updater = tiny.updater(FULL)
-    batches = pack(tiny, make_rows(tiny, updater, two_samplers=True), NUM_ROWS)
+    batches = pack(tiny, make_rows(tiny, updater, two_samplers=True))
     state, _ = updater.step(fresh_state(tiny, updater), batches)
     with jax.log_compiles(True), caplog.at_level(logging.WARNING):
         caplog.clear()
@@ -207,14 +207,13 @@ def test_what_the_sampler_says_behind_the_mask_is_not_seen(tiny: Tiny) -> None:
     assert sampler is not None
     spoilt = dataclasses.replace(rows[0], sampler_log_probs=np.where(rows[0].loss_mask, sampler, np.nan))
     clean, dirty = (
-        floats(updater.step(fresh_state(tiny, updater), pack(tiny, [row, *rows[1:]], NUM_ROWS))[1])
-        for row in (rows[0], spoilt)
+        floats(updater.step(fresh_state(tiny, updater), pack(tiny, [row, *rows[1:]]))[1]) for row in (rows[0], spoilt)
     )
     assert dirty == clean
     plain = [rows[0], *(dataclasses.replace(row, sampler_log_probs=row.old_log_probs) for row in rows[1:])]
     bare = [rows[0], *(dataclasses.replace(row, sampler_log_probs=None) for row in rows[1:])]
     weights = [
-        float(updater.step(fresh_state(tiny, updater), pack(tiny, some, NUM_ROWS))[1]["importance_weight"])
+        float(updater.step(fresh_state(tiny, updater), pack(tiny, some))[1]["importance_weight"])
         for some in (plain, bare)
     ]
     assert weights[0] == weights[1] != 1
@@ -226,7 +225,7 @@ def test_a_reference_may_only_be_measured(tiny: Tiny) -> None:
     updater = tiny.updater(MEASURED)
     rows = make_rows(tiny, updater, two_samplers=False)
     state = one_step_on(tiny, updater, rows)
-    batches = pack(tiny, rows, NUM_ROWS)
+    batches = pack(tiny, rows)
     new = log_probs(updater, state.params, batches)
     metrics = floats(updater.step(state, batches, 1e6)[1])
     cut = [
@@ -259,7 +258,7 @@ def test_the_reference_of_adapters_is_the_model_without_them(tiny: Tiny) -> None
     assert {leaf.dtype for leaf in jax.tree.leaves(updater.reference)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
     every = np.ones(4, bool)
     rows = [TrainRow(tiny.prompts[0], np.arange(5, 9), every, every, np.zeros(4, np.float32))]
-    batches = pack(tiny, rows, NUM_ROWS)
+    batches = pack(tiny, rows)
     ours = log_probs(updater, updater.reference, batches)
     np.testing.assert_allclose(ours[0, :4], log_probs(updater, system.params, batches)[0, :4], atol=2e-2)
 
@@ -304,7 +303,7 @@ def test_a_kl_in_the_reward(tiny: Tiny, old: Any) -> None:
     moved = jax.tree.map(lambda leaf: leaf * 1.05, tiny.system.params)
     state = updater.init(moved)
     found, metrics = with_trainer_rewards(groups, config, tiny.system, updater, state, 0.5)
-    batches = pack(tiny, rows, NUM_ROWS)
+    batches = pack(tiny, rows)
     ref, own = log_probs(updater, tiny.system.params, batches), log_probs(updater, state.params, batches)
     sums, num_tokens = [], 0
     for place, row in enumerate(rows):
@@ -356,7 +355,7 @@ def test_sampler_log_probs_go_along_through_buffer_and_checkpoint(tiny: Tiny) ->
         assert np.abs(one.old_log_probs - before.old_log_probs).max() > 0.1
 
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=4))
-    [batch] = make_batches(config, tiny.system, prompts, replay.Selection((buffer[0],), buffer[1:], ()), True)
+    [batch] = make_batches(config, tiny.system, prompts, replay.Selection((buffer[0],), buffer[1:], ()), True).batches
     np.testing.assert_array_equal(batch.sampler_log_probs[1, :6], drawn[1].old_log_probs)
     np.testing.assert_array_equal(batch.old_log_probs[1, :6], buffer[1].old_log_probs)
 

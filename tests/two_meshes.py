@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 from test_update import png
 
 from rethinker_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
-from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, place_rows, spec_for
+from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, place_rows, row_shards, spec_for
 from rethinker_jax.system import System, load_system, make_updater, training_shardings
 from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
 from rethinker_jax.training.update import TrainState
@@ -85,11 +85,11 @@ def main(directory: str) -> None:
     one = dataclasses.replace(eight, mesh=alone, params=params)
 
     rows = make_rows(eight)
-    batch, odd = (pack_rows(rows, eight.geometry, 16, count) for count in (8, 7))
+    batch, odd = (pack_rows(rows, eight.geometry, 16, count, shards=row_shards(eight.mesh)) for count in (8, 7))
     placed, placed_odd = (place_rows(some, eight.mesh, 0, {"positions": 1}) for some in (batch, odd))
     before = specs(eight.params)
     state, metrics = update(config, eight, batch)
-    state_of_one, metrics_of_one = update(config, one, batch)
+    state_of_one, metrics_of_one = update(config, one, pack_rows(rows, one.geometry, 16, 8))
     ours, theirs = (jax.tree.map(np.asarray, moments_of(some)) for some in (state, state_of_one))
     errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), ours, theirs)
     found = {
@@ -99,7 +99,7 @@ def main(directory: str) -> None:
         "specs": {"before": before, "params": specs(state.params), "moments": specs(moments_of(state))},
         "rows": [
             str(array.sharding.spec)
-            for array in (placed.completion_ids, placed.text.positions, placed.advantages, placed_odd.completion_ids)
+            for array in (placed.target_ids, placed.text.positions, placed.advantages, placed_odd.advantages)
         ],
         "rules": {
             name: [list(spec_for(dims, shape, eight.mesh, rules)) for rules in (TRAINING_RULES, SAMPLING_RULES)]

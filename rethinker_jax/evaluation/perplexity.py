@@ -81,11 +81,12 @@ def _nll(
     with RunProgress(len(by_length), title="perplexity", unit="completion") as shown:
         for start in range(0, len(by_length), size):
             places = by_length[start : start + size]
-            rows = []
+            rows, prompts = [], {}
             for place in places:
                 none = np.zeros(len(ids[place]), bool)
+                name = records[place].id
                 try:
-                    prompt = system.builder.build(problems[records[place].id])
+                    prompt = prompts[name] = prompts.get(name) or system.builder.build(problems[name])
                 except BadPrompt as error:
                     raise UserError(
                         f"{error}. Raise data.max_prompt_tokens, or give the model larger bounds."

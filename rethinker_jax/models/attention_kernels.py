@@ -5,32 +5,30 @@
 
 All compute what `attention.attend` defines, softmax in float32, and give zeros where a query is padding:
 
-plain    `attend` itself, by XLA. Everywhere; holds [heads, seq, seq] scores.
+plain    `attend` itself, by XLA. Everywhere; holds [heads, seq, seq] scores, or a block of them behind a prefix.
 cudnn    NVIDIA's fused kernel, through `jax.nn.dot_product_attention`. Causal rows and windows go by their lengths;
-         segments become a bias of [seq, seq], shared by the heads.
-splash   the Pallas kernel that comes with jax, on TPUs. Windows of an image are smaller than its tiles and go plain.
+         segments and prefixes become a bias of [seq, keys], shared by the heads.
+splash   the Pallas kernel that comes with jax, on TPUs (`splash.py`). Windows of an image are smaller than its tiles
+         and go plain.
 
 The decode loop has one query against two caches and no use for tiles: `sampling/decode.py` keeps its own sum.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.attention import Mask, Prefix, attend
 from rethinker_jax.models.qwen_config import QwenConfig
-from rethinker_jax.models.sharding import ROWS
+from rethinker_jax.models.splash import attend_splash
 
-LANES = 128  # of a TPU's registers: tiles of keys and head dimensions are multiples
-BLOCKS = (512, 256, 128)  # tile sizes of the splash kernel, queries and keys alike; 512 fits v5e, v5p and v6e
+WHOLE = 2**18  # scores of a head and row that are held at once, 1 MiB; more go in blocks of queries
+BLOCK = 128  # queries
 
 Name = Literal["plain", "cudnn", "splash"]
 
@@ -57,12 +55,14 @@ class Attention:
     ) -> Float[Array, "*rows seq heads head_dim"]:
         """Attention inside the rows by `mask`, and to the keys of a `prefix`, under one softmax."""
         seq = query.shape[-3]
-        if prefix is not None:
-            context = attend_behind(query, key, value, mask, prefix)
+        if self.name == "cudnn" and prefix is not None:
+            context = attend_cudnn_behind(query, key, value, mask, prefix)
         elif self.name == "cudnn":
             context = attend_cudnn(query, key, value, mask)
-        elif self.name == "splash" and (mask.causal or mask.segments is not None):
-            context = attend_splash(query, key, value, mask, self.mesh, self.interpret)
+        elif self.name == "splash" and (mask.causal or mask.segments is not None or prefix is not None):
+            context = attend_splash(query, key, value, mask, prefix, self.mesh, self.interpret)
+        elif prefix is not None:
+            context = attend_behind(query, key, value, mask, prefix)
         else:
             context = attend(query, key, value, mask.dense(seq))
         # Padding gets nothing and, in the backward pass, gives nothing.
@@ -121,9 +121,43 @@ def _obstacle_to_cudnn(platform: str, dtype: Any, head_dims: tuple[int, ...]) ->
 def attend_behind(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, prefix: Prefix
 ) -> Float[Array, "*rows seq heads head_dim"]:
-    """Attention to a prefix and to the row's own keys, by `attend`."""
+    """Attention to a prefix and to the row's own keys, by `attend`; long rows in blocks, whose scores are not kept."""
+    keys, values, seen = _behind(key, value, mask, prefix)
+    way = attend if seen.shape[-2] * seen.shape[-1] <= WHOLE else attend_in_blocks
+    return way(query, keys, values, seen)
+
+
+def _behind(
+    key: jax.Array, value: jax.Array, mask: Mask, prefix: Prefix
+) -> tuple[jax.Array, jax.Array, Bool[Array, "*rows seq keys"]]:
+    """Keys, values, and which of them a query sees: those of the prefix, then its row's own."""
+    *rows, seq, _, _ = key.shape
+    own = jnp.broadcast_to(mask.dense(seq), (*rows, seq, seq))
     keys, values = (jnp.concatenate(pair, axis=-3) for pair in ((prefix.key, key), (prefix.value, value)))
-    return attend(query, keys, values, jnp.concatenate([prefix.dense(), mask.dense(query.shape[-3])], axis=-1))
+    return keys, values, jnp.concatenate([prefix.dense(), own], axis=-1)
+
+
+def attend_in_blocks(
+    query: Float[Array, "*rows seq heads head_dim"],
+    key: Float[Array, "*rows keys kv_heads head_dim"],
+    value: Float[Array, "*rows keys kv_heads head_dim"],
+    mask: Bool[Array, "*rows seq keys"],
+) -> Float[Array, "*rows seq heads head_dim"]:
+    """`attend`, one block of queries after the other. The backward pass computes a block's scores again.
+
+    Every block meets all keys, though under causality the early ones need few: blocks of many sizes make no loop, and
+    unrolled they are all held at the same time.
+    """
+    *rows, seq, heads, head_dim = query.shape
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        """[blocks, *rows, BLOCK, ...]"""
+        widths = [(0, -seq % BLOCK if n == axis else 0) for n in range(x.ndim)]
+        return jnp.moveaxis(jnp.pad(x, widths).reshape(*rows, -1, BLOCK, *x.shape[axis + 1 :]), axis, 0)
+
+    blocks = cut(query, len(rows)), cut(mask, len(rows))
+    context = jax.lax.map(jax.checkpoint(lambda block: attend(block[0], key, value, block[1])), blocks)
+    return jnp.moveaxis(context, 0, len(rows)).reshape(*rows, -1, heads, head_dim)[..., :seq, :, :]
 
 
 def attend_cudnn(
@@ -147,70 +181,27 @@ def attend_cudnn(
     return context.reshape(query.shape)
 
 
-def attend_splash(
-    query: Float[Array, "rows seq heads head_dim"],
-    key: Float[Array, "rows seq kv_heads head_dim"],
-    value: Float[Array, "rows seq kv_heads head_dim"],
+def attend_cudnn_behind(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
     mask: Mask,
-    mesh: Mesh | None = None,
-    interpret: bool = False,
-) -> Float[Array, "rows seq heads head_dim"]:
-    """By the splash kernel: rows over `data` and `fsdp`, heads over `tensor`, where these divide them.
-
-    Sequences are padded to whole tiles and heads to whole lanes. Lengths alone need no mask under causality, because
-    what is real comes first; in full attention they are a segment.
-    """
-    rows, seq, heads, head_dim = query.shape
-    block, padded = _tiles(seq)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    prefix: Prefix,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+    """`attend_cudnn` to a prefix and to the row's own keys. What is seen is a bias of [rows, seq, prefix + seq]."""
+    keys, values, seen = _behind(key, value, mask, prefix)
+    seq, num_keys = seen.shape[-2:]
+    # Padding sees itself, since a softmax over nothing may be NaN. With a bias, the kernel's lengths must be even.
+    seen = seen | jnp.eye(seq, num_keys, num_keys - seq, dtype=bool)
+    context = jax.nn.dot_product_attention(
+        *(_to_even(x.reshape(-1, *x.shape[-3:]), 1) for x in (query, keys, values)),
+        mask=_to_even(_to_even(seen.reshape(-1, 1, seq, num_keys), 3), 2, True),
+        implementation=implementation,
     )
-    segments = []
-    if mask.segments is not None or not mask.causal:
-        ids = jnp.where(mask.real(seq), 1 if mask.segments is None else mask.segments, 0)
-        segments = [jnp.pad(jnp.broadcast_to(ids, (rows, seq)), ((0, 0), (0, padded - seq)))]
-    one = splash_mask.CausalMask if mask.causal else splash_mask.FullMask
-    spec, copies = _partition(rows, heads, key.shape[2], mesh)
-
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, *segments: jax.Array) -> jax.Array:
-        kernel = splash.make_splash_mha(
-            splash_mask.MultiHeadMask([one((padded, padded))] * query.shape[1]),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        ids = [splash.SegmentIds(row, row) for row in segments]
-        return jax.vmap(kernel)(query, key, value, *ids)
-
-    def lay_out(x: jax.Array) -> jax.Array:
-        """[rows, heads, padded, lanes]"""
-        x = jnp.pad(x, ((0, 0), (0, padded - seq), (0, 0), (0, -head_dim % LANES)))
-        return x.swapaxes(1, 2)
-
-    # The kernel does not scale its scores.
-    scaled = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
-    heads_first = [lay_out(scaled), *(lay_out(jnp.repeat(x, copies, axis=2)) for x in (key, value))]
-    if mesh is not None:
-        specs = (spec, spec, spec, *[PartitionSpec(spec[0])] * len(segments))
-        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return run(*heads_first, *segments).swapaxes(1, 2)[:, :seq, :, :head_dim]
+    return context[:, :seq].reshape(query.shape)
 
 
-def _tiles(seq: int) -> tuple[int, int]:
-    """(tile size, padded length): the largest tile that pads by no more than an eighth, else the smallest."""
-    options = [(block, -(-seq // block) * block) for block in BLOCKS]
-    return next((option for option in options if option[1] <= seq * 1.125), options[-1])
-
-
-def _partition(rows: int, heads: int, kv_heads: int, mesh: Mesh | None) -> tuple[PartitionSpec, int]:
-    """(partition of [rows, heads, ...], copies of each kv head).
-
-    What its axes do not divide lies whole. Where `tensor` is larger than the number of kv heads, these are copied.
-    """
-    if mesh is None:
-        return PartitionSpec(None, None), 1
-    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    copies = math.lcm(kv_heads, tensor) // kv_heads
-    fits = heads % (kv_heads * copies) == 0
-    return PartitionSpec(ROWS[0] if rows % shards == 0 else None, "tensor" if fits else None), copies if fits else 1
+def _to_even(x: jax.Array, axis: int, fill: bool = False) -> jax.Array:
+    widths = [(0, size % 2 if n == axis else 0) for n, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=fill)

@@ -1,34 +1,114 @@
-"""Log-probabilities and entropies of given tokens, in chunks, so that no [batch, seq, vocab] array exists."""
+"""Log-probabilities and entropies of completions: packed rows → hidden states → chunks of logits → rows of the loss.
+
+No [rows, length, vocab] array exists, and no prompt is run twice.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from rethinker_jax.models.attention import Mask, Prefix
+from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.qwen25vl import Model, Params
+from rethinker_jax.training.batch import PackedText, TrainBatch
 
-CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once
+CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once on a shard
+
+
+def completion_log_probs(
+    model: Model, params: Params, batch: TrainBatch
+) -> tuple[Float[Array, "rows length"], Float[Array, "rows length"]]:
+    """Log-probs of the batch's completions and entropies of their distributions, float32; 0 behind a completion's end.
+
+    Exact: what a row gets, and what it gives to the gradient, is what it would be with a prompt of its own.
+    """
+    table = None if batch.vision is None else model.encode_images(params, batch.vision)
+    hidden = packed_hidden(model, params, batch.text, table)
+    states = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
+    found = token_log_probs(model, params, states, batch.target_ids)
+    log_probs, entropy = (jnp.where(batch.completion_mask, x.reshape(-1)[batch.token_index], 0.0) for x in found)
+    return log_probs, entropy
+
+
+def packed_hidden(
+    model: Model, params: Params, text: PackedText, table: Float[Array, "merged d_model"] | None
+) -> Float[Array, "shards tokens d_model"]:
+    """Final hidden states (before the last norm) of each shard's flattened rows."""
+    shards = text.token_ids.shape[0]
+    x = model.embed(params, text.token_ids.reshape(shards, -1), text.image_index.reshape(shards, -1), table)
+    angles = model.angles(text.positions.reshape(3, shards, -1))
+    attend = functools.partial(_attend_packed, model.attention, text)
+    return model.run_layers(params["text"]["layers"], x, angles, attend)[0]
+
+
+def _attend_packed(
+    attention: Attention, text: PackedText, query: jax.Array, key: jax.Array, value: jax.Array, cache: None
+) -> tuple[Float[Array, "shards tokens heads head_dim"], None]:
+    shards, rows, _ = text.segments.shape
+
+    def by_rows(x: jax.Array) -> jax.Array:
+        return x.reshape(shards * rows, -1, *x.shape[2:])
+
+    prefix = None
+    if text.prefix_index.shape[-1]:
+        index = text.prefix_index.reshape(shards, -1)
+        keys, values = by_rows(take_tokens(key, index)), by_rows(take_tokens(value, index))
+        prefix = Prefix(
+            keys,
+            values,
+            by_rows(text.prefix_segments.reshape(shards, -1)),
+            by_rows(text.query_segments.reshape(shards, -1)),
+        )
+    mask = Mask(causal=True, segments=by_rows(text.segments.reshape(shards, -1)))
+    context = attention(by_rows(query), by_rows(key), by_rows(value), mask, prefix)
+    return context.reshape(query.shape), cache
+
+
+@jax.custom_vjp
+def take_tokens(
+    x: Float[Array, "shards tokens kv_heads head_dim"], index: Int[Array, "shards taken"]
+) -> Float[Array, "shards taken kv_heads head_dim"]:
+    """Each shard's tokens by number. What comes back to a token that was taken often is summed in float32."""
+    return jnp.take_along_axis(x, index[..., None, None], axis=1)
+
+
+def _take_forward(x: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return take_tokens(x, index), (index, jnp.zeros((x.shape[1], 0), x.dtype))
+
+
+def _take_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    index, like = residuals
+    summed = jax.vmap(lambda index, rows: jnp.zeros((like.shape[0], *rows.shape[1:]), jnp.float32).at[index].add(rows))
+    return summed(index, gradient.astype(jnp.float32)).astype(like.dtype), None
+
+
+take_tokens.defvjp(_take_forward, _take_backward)
 
 
 def token_log_probs(
-    model: Model, params: Params, hidden: Float[Array, "rows length d_model"], targets: Int[Array, "rows length"]
-) -> tuple[Float[Array, "rows length"], Float[Array, "rows length"]]:
+    model: Model, params: Params, hidden: Float[Array, "shards tokens d_model"], targets: Int[Array, "shards tokens"]
+) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[r, t]` is the state that predicts `targets[r, t]`. Chunks are recomputed in the backward pass.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. Chunks of tokens are recomputed in the backward pass, and
+    each shard works on its own part of every chunk.
     """
-    rows, length, d_model = hidden.shape
-    total = rows * length
-    num_chunks = max(1, -(-total * model.config.vocab * 4 // CHUNK_BYTES))
-    chunk = -(-total // num_chunks)
-    padding = num_chunks * chunk - total
-    flat_hidden = jnp.pad(hidden.reshape(total, d_model), ((0, padding), (0, 0))).reshape(num_chunks, chunk, d_model)
-    flat_targets = jnp.pad(targets.reshape(total), (0, padding)).reshape(num_chunks, chunk)
+    shards, length, d_model = hidden.shape
+    num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
+    chunk = -(-length // num_chunks)
+    padding = (0, num_chunks * chunk - length)
+    hidden = jnp.pad(hidden, ((0, 0), padding, (0, 0))).reshape(shards, num_chunks, chunk, d_model)
+    targets = jnp.pad(targets, ((0, 0), padding)).reshape(shards, num_chunks, chunk)
 
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(params, inputs[0])
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return jnp.take_along_axis(log_probs, inputs[1][:, None], axis=-1)[:, 0], entropy
+        return jnp.take_along_axis(log_probs, inputs[1][..., None], axis=-1)[..., 0], entropy
 
-    log_probs, entropy = jax.lax.map(jax.checkpoint(one_chunk), (flat_hidden, flat_targets))
-    return log_probs.reshape(-1)[:total].reshape(rows, length), entropy.reshape(-1)[:total].reshape(rows, length)
+    chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+    found = jax.lax.map(jax.checkpoint(one_chunk), chunks)
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1)[:, :length] for x in found)
+    return log_probs, entropy

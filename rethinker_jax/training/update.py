@@ -18,8 +18,9 @@ from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows
 from rethinker_jax.training.batch import TrainBatch
-from rethinker_jax.training.log_probs import token_log_probs
+from rethinker_jax.training.log_probs import completion_log_probs
 from rethinker_jax.training.losses import POLICY_LOSSES, PolicyLoss, kl_estimate, token_weights, truncated_importance
+from rethinker_jax.training.offload import host_shardings
 
 
 @no_type_check
@@ -48,11 +49,12 @@ class UpdateRule:
     """What stays the same from update to update. Hashable: the static argument of the jitted step."""
 
     model: Model
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     loss: LossConfig
     dtype: Any
     freeze: tuple[str, ...] = ()
     average: AverageRule | None = None
+    offload: bool = False  # between steps the optimizer's state lies in the host's memory
 
 
 class Updater:
@@ -72,7 +74,7 @@ class Updater:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         opt_state = optax.tree.map_params(
             rule.optimizer,
-            lambda _, sharding: sharding,
+            lambda _, sharding: host_shardings(sharding) if rule.offload else sharding,
             jax.eval_shape(self._init_optimizer, params),
             split_params(shardings, rule.freeze)[0],
             transform_non_params=lambda _: whole,
@@ -141,17 +143,13 @@ def _copy_of(params: Params, dtype: Any) -> Params:
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, cast_params(tree, dtype)), out_shardings=shardings)(base)
 
 
-def _completion_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-    model, compute = rule.model, adapt_params(params, rule.dtype)
-    table = None if batch.vision is None else model.encode_images(compute, batch.vision)
-    hidden = model.hidden(compute, batch.text, table)
-    states = jnp.take_along_axis(hidden, batch.state_index[..., None], axis=1)
-    return token_log_probs(model, compute, states, batch.completion_ids)
+def _row_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
+    return completion_log_probs(rule.model, adapt_params(params, rule.dtype), batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> jax.Array:
-    return _completion_log_probs(rule, params, batch)[0]
+    return _row_log_probs(rule, params, batch)[0]
 
 
 def _loss(
@@ -165,7 +163,7 @@ def _loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The batch's share of the global loss, and sums for the metrics."""
     config = rule.loss
-    log_probs, entropy = _completion_log_probs(rule, join_params(trained, frozen), batch)
+    log_probs, entropy = _row_log_probs(rule, join_params(trained, frozen), batch)
     weights = token_weights(
         batch.loss_mask, batch.nll_mask, counts["policy"], counts["nll"], counts["rows"],
         config.aggregation, config.constant_length,
@@ -184,7 +182,7 @@ def _loss(
     entropy_mean = jnp.sum(weights.entropy * entropy)
     loss = policy + config.nll_coefficient * nll - config.entropy_coefficient * entropy_mean
     if reference:
-        ref_log_probs = jax.lax.stop_gradient(_completion_log_probs(rule, reference, batch)[0])
+        ref_log_probs = jax.lax.stop_gradient(_row_log_probs(rule, reference, batch)[0])
         kl = kl_estimate(log_probs, ref_log_probs, config.kl_estimator)
         sums["kl"] = jnp.sum(weights.entropy * kl)
         if config.kl == "loss":
@@ -245,12 +243,8 @@ def update_step(
     metrics = {name: values.max() if name.endswith("_max") else values.sum() for name, values in sums.items()}
     metrics["gradient_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(metrics["loss"])
-    updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained)
-    trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(trained, updates), opt_state),
-        (trained, state.opt_state),
-    )
+    updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained, finite=finite)
+    trained = optax.apply_updates(trained, updates)
     metrics["skipped_update"] = 1.0 - finite.astype(jnp.float32)
     num_skipped = state.num_skipped + (~finite).astype(jnp.int32)
     num_updates = state.num_updates + 1
