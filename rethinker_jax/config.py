@@ -74,6 +74,7 @@ class RunConfig:
     rollouts_every: Positive = 10  # steps between rollout files; the first and last step are always written
     compilation_cache: str = "~/.cache/rethinker_jax/xla"  # "" = none
     max_bad_rows: NonNegative = 100  # unreadable rows survived before the run stops
+    peak_tflops: NonNegativeFloat = 0.0  # of one device, for metrics of utilisation; 0 = by its kind, if it is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,6 +371,7 @@ class TrainingConfig:
     """How rows become optimizer steps."""
 
     batch_size: Positive = 64  # rows per optimizer step
+    cut: Literal["group", "sample"] = "group"  # sample = the rows of a rollout are shuffled, as in the released code
     micro_batch_tokens: NonNegative = 0  # prompt and completion tokens of a shard per forward and backward; 0 = all
     max_skipped_updates: NonNegative = 10  # non-finite gradients survived before the run stops
 

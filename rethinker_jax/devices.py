@@ -4,8 +4,10 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rethinker_jax.config import Config
 from rethinker_jax.errors import UserError
@@ -25,6 +27,30 @@ def start_jax(config: Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not jax.distributed.is_initialized():
         _join_job()
+
+
+# Peak of dense bfloat16 products of one device, in TFLOP/s, by the beginning of its kind; the makers' figures.
+PEAK_TFLOPS = {
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v6": 918.0,
+    "TPU7x": 2307.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA B200": 2250.0,
+}
+
+
+def peak_flops(kind: str, asked_tflops: float, dtype: Any) -> float | None:
+    """FLOP/s that a device of this kind could do: as asked, or of its kind in bfloat16; None where that is unknown."""
+    if asked_tflops:
+        return asked_tflops * 1e12
+    known = [peak for name, peak in PEAK_TFLOPS.items() if kind.startswith(name)]
+    return known[0] * 1e12 if known and jnp.dtype(dtype) == jnp.bfloat16 else None
 
 
 class CompileCounter:

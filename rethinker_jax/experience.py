@@ -21,6 +21,8 @@ from rethinker_jax.training.losses import kl_estimate
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Prompt, Rollout
 
+CUT_STREAM = 7  # of random numbers, besides those of replay and rethinking
+
 
 def with_trainer_rewards(
     groups: Sequence[Group],
@@ -184,6 +186,14 @@ def experience_of(group: Group, rollout: Rollout, update: int) -> replay.Experie
         advantage=rollout.advantage,
         update=update,
     )
+
+
+def cut_order(config: Config, experiences: Sequence[replay.Experience], step: int) -> Sequence[replay.Experience]:
+    """The rows of a rollout in the order in which optimizer steps are cut from them: whole groups, or shuffled."""
+    if config.training.cut == "group":
+        return experiences
+    order = np.random.default_rng([config.run.seed, step, CUT_STREAM]).permutation(len(experiences))
+    return [experiences[place] for place in order]
 
 
 def make_batches(

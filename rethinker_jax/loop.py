@@ -13,10 +13,11 @@ import jax
 from rethinker_jax import replay, rethink
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
-from rethinker_jax.devices import CompileCounter, start_jax
+from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
 from rethinker_jax.experience import (
+    cut_order,
     experience_of,
     greedy_rewards,
     loss_of,
@@ -27,6 +28,7 @@ from rethinker_jax.experience import (
     with_trainer_rewards,
 )
 from rethinker_jax.metrics import MetricsLog, read_metrics
+from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
@@ -36,7 +38,15 @@ from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rewards.terms import check_row
 from rethinker_jax.rollout import Group, roll_out
 from rethinker_jax.run_directory import RunDirectory, hash_of, versions
-from rethinker_jax.step_metrics import batch_metrics, packing_metrics, rollout_metrics, sampling_metrics, share
+from rethinker_jax.step_metrics import (
+    UpdateWork,
+    batch_metrics,
+    packing_metrics,
+    rollout_metrics,
+    sampling_metrics,
+    share,
+    speed_metrics,
+)
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -206,17 +216,18 @@ def train_step(
 
     # replay, update
     follow_kl(config, progress, metrics, len(experiences))
-    metrics |= learn(config, system, updater, problems, experiences, prompt_of, progress, run)
+    experiences = cut_order(config, experiences, step)
+    made, work = learn(config, system, updater, problems, experiences, prompt_of, progress, run)
+    metrics |= made
     refuse_bad_updates(config, progress)
 
     progress.step += 1
-    seconds = time.monotonic() - begin_time
     metrics["replay_size"] = len(progress.buffer)
-    metrics["seconds_rollout"] = rollout_time - begin_time
     metrics["seconds_waiting_for_verdicts"] = rolled.seconds_waited
-    metrics["seconds_update"] = seconds - metrics["seconds_rollout"]
     metrics["seconds_compile"] = compiled.seconds
-    metrics["tokens_per_second"] = sum(len(one.completion) for group in groups for one in group.rollouts) / seconds
+    peak = peak_flops(jax.devices()[0].device_kind, config.run.peak_tflops, system.dtype)
+    seconds = time.monotonic() - begin_time
+    metrics |= speed_metrics(system.model.config, groups, work, seconds, rollout_time - begin_time, peak)
     return metrics, groups
 
 
@@ -229,12 +240,12 @@ def learn(
     prompt_of: dict[int, Prompt],
     progress: Progress,
     run: RunDirectory,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], UpdateWork]:
     """The optimizer steps of one step, each filled from the buffer. Changes `progress`; returns means of their metrics.
 
     `prompt_of` has the prompts of `experiences` by row number; those of replayed rows are added.
     """
-    found = []
+    found, work, begin_time = [], UpdateWork(), time.monotonic()
     for start in range(0, len(experiences), config.training.batch_size):
         raw = experiences[start : start + config.training.batch_size]
         update = int(jax.device_get(progress.state.num_updates))
@@ -248,13 +259,20 @@ def learn(
             packed = make_batches(config, system, prompt_of, chosen, start == 0)
             progress.state, made = updater.step(progress.state, packed.batches, progress.kl_coefficient)
             sums = made | packing_metrics(packed)
+            work.tokens += packed.num_tokens
+            work.flops += update_flops(
+                system.model.config, packed.num_tokens, packed.num_pairs, packed.num_targets, packed.grids,
+                config.model.freeze, config.model.lora.rank > 0,
+            )  # fmt: skip
             if config.loss.kl == "loss":
                 sums["kl_coefficient"] = progress.kl_coefficient
                 follow_kl(config, progress, made, len(chosen.fresh) + len(chosen.replayed))
         if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, epsilon, update, sums))
-    return {key: share([one[key] for one in found if key in one]) for key in {key: 0 for one in found for key in one}}
+    work.seconds = time.monotonic() - begin_time
+    names = dict.fromkeys(key for one in found for key in one)
+    return {key: share([one[key] for one in found if key in one]) for key in names}, work
 
 
 def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], num_rows: int) -> None:

@@ -1,14 +1,20 @@
 """The numbers of one training step, from its rollouts and its batches. Names are explained in docs/metrics.md."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from rethinker_jax import rethink
+from rethinker_jax.models.flops import decoder_flops, image_work, merger_flops, vision_flops
+from rethinker_jax.models.qwen_config import QwenConfig
+from rethinker_jax.prompts.batch import unique_images
 from rethinker_jax.replay import Experience, Selection
 from rethinker_jax.rollout import Group, Rolled
 from rethinker_jax.training.batch import Packed
+from rethinker_jax.training.packing import Group as PromptGroup
 from rethinker_jax.types import Verdict
 
 NOT_CORRECT = ("wrong", "no_answer", "bad_gold", "timeout", "crash")
@@ -86,6 +92,58 @@ def sampling_metrics(rolled: Rolled) -> dict[str, float]:
             "second_pass_read_tokens": second.read_tokens,
             "second_pass_fed_tokens": second.fed_tokens,
         }
+    return metrics
+
+
+def rollout_flops(config: QwenConfig, groups: Sequence[Group]) -> int:
+    """Of one rollout: each distinct image encoded and each prompt read once, each completion fed token by token."""
+    prompts = [group.rollouts[0].prompt for group in groups]
+    grids = [image.grid for image in unique_images(prompts)[0]]
+    lengths = [tuple(len(one.completion) for one in group.rollouts) for group in groups]
+    packed = [
+        PromptGroup(tuple(range(len(length))), len(prompt), length)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    counts = [sum(group.num_tokens for group in packed), sum(group.num_pairs for group in packed)]
+    targets = sum(sum(group.completion_tokens) for group in packed)
+    work = image_work(config, grids)
+    return decoder_flops(config, *counts, targets) + vision_flops(config, work) + merger_flops(config, work)
+
+
+@dataclasses.dataclass
+class UpdateWork:
+    """What the optimizer steps of one step did: seconds, tokens that were run, and operations of the model."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: int = 0
+
+
+def speed_metrics(
+    config: QwenConfig,
+    groups: Sequence[Group],
+    work: UpdateWork,
+    seconds: float,
+    seconds_rollout: float,
+    peak: float | None,
+) -> dict[str, float]:
+    """Seconds, tokens per second, and where the devices' peak is known (FLOP/s of one) the share of it that was used.
+
+    `seconds` are those of the whole step; what it compiled is in them.
+    """
+    num_tokens = sum(len(one.completion) for group in groups for one in group.rollouts)
+    metrics = {
+        "seconds_rollout": seconds_rollout,
+        "seconds_update": seconds - seconds_rollout,
+        "seconds_optimizer_steps": work.seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "rollout_tokens_per_second": num_tokens / seconds_rollout,
+        "update_tokens_per_second": work.tokens / work.seconds if work.tokens else float("nan"),
+    }
+    if peak is not None:
+        peak *= jax.device_count()
+        metrics["update_mfu"] = work.flops / work.seconds / peak
+        metrics["step_mfu"] = (work.flops + rollout_flops(config, groups)) / seconds / peak
     return metrics
 
 

@@ -44,7 +44,10 @@ CLOCKS = (
     "seconds_compile",
     "seconds_waiting_for_verdicts",
     "seconds_second_pass",
+    "seconds_optimizer_steps",
     "tokens_per_second",
+    "rollout_tokens_per_second",
+    "update_tokens_per_second",
     "seconds",
     "verdict_ms",
 )

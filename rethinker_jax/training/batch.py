@@ -15,7 +15,7 @@ from rethinker_jax.config import BucketsConfig
 from rethinker_jax.prompts.batch import table_rows, unique_images
 from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, bucket, choose_bucket, pack_images
 from rethinker_jax.training.packing import Group, PackedRow, Piece, pack_cell, spread
-from rethinker_jax.types import Prompt
+from rethinker_jax.types import ImagePatches, Prompt
 
 SEQ_MINIMUM = 32
 LONGEST_ROW = 512  # of packed rows, where the config names no lengths; what is longer is cut
@@ -98,11 +98,16 @@ class Packed:
     """The micro-batches of an optimizer step, all of one shape, and the numbers of the rows in each, in its order.
 
     num_tokens: what is run, without padding; num_separate: what it would be if every row had a prompt of its own.
+    num_pairs: pairs of tokens that see each other; num_targets: tokens that are predicted; grids: of the images, once
+    for each batch that encodes them.
     """
 
     batches: tuple[TrainBatch, ...]
     rows: tuple[tuple[int, ...], ...]
     num_tokens: int
+    num_pairs: int
+    num_targets: int
+    grids: tuple[tuple[int, int, int], ...]
     num_separate: int
 
     @property
@@ -165,7 +170,8 @@ def pack_micro_batches(
         length=round_up(completion_length, COMPLETION_STEP),
         two_samplers=any(row.sampler_log_probs is not None for row in rows),
     )
-    visions = _pack_visions([[rows[row] for row in numbers] for numbers in members], geometry, buckets.vision, shards)
+    images = [unique_images([rows[row].prompt for row in numbers])[0] for numbers in members]
+    visions = _pack_visions(images, geometry, buckets.vision, shards)
     batches = tuple(
         _lay_out(rows, numbers, cells[place * shards :][:shards], packed[place * shards :][:shards], vision, shape)
         for place, (numbers, vision) in enumerate(zip(members, visions, strict=True))
@@ -174,6 +180,9 @@ def pack_micro_batches(
         batches,
         tuple(map(tuple, members)),
         num_tokens=sum(group.num_tokens for cell in cells for group in cell),
+        num_pairs=sum(group.num_pairs for cell in cells for group in cell),
+        num_targets=sum(len(row.completion_ids) for row in rows),
+        grids=tuple(image.grid for some in images for image in some),
         num_separate=sum(len(row.prompt) + len(row.completion_ids) - 1 for row in rows if len(row.completion_ids)),
     )
 
@@ -224,11 +233,10 @@ def _prefix_tokens(packed: Sequence[Sequence[PackedRow]], buckets: BucketsConfig
 
 
 def _pack_visions(
-    chunks: Sequence[Sequence[TrainRow]], geometry: VisionGeometry, buckets: Sequence[tuple[int, int]], shards: int
+    images: Sequence[Sequence[ImagePatches]], geometry: VisionGeometry, buckets: Sequence[tuple[int, int]], shards: int
 ) -> Sequence[VisionBatch | None]:
-    """The images of every chunk, in one shape; None for all where there are none."""
+    """The images of every batch, in one shape; None for all where there are none."""
     minimum = (1, 4)
-    images = [unique_images([row.prompt for row in chunk])[0] for chunk in chunks]
     while True:
         visions = [
             pack_images(some, geometry, buckets, row_multiple=shards, minimum=minimum) if some else None

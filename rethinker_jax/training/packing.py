@@ -33,6 +33,14 @@ class Group:
         return self.prompt_tokens - 1 + sum(self.completion_tokens)
 
     @property
+    def num_pairs(self) -> int:
+        """Pairs of tokens that see each other: every token sees itself and what it goes on from."""
+        shared = self.shared_tokens
+        if not shared:
+            return sum(_causal_pairs(self.prompt_tokens - 1 + count) for count in self.completion_tokens)
+        return _causal_pairs(shared) + sum(count * shared + _causal_pairs(count) for count in self.completion_tokens)
+
+    @property
     def shared_tokens(self) -> int:
         """What a completion goes on from: all of the prompt but its last token, where the prompt is shared."""
         return self.prompt_tokens - 1 if len(self.rows) > 1 else 0
@@ -54,6 +62,10 @@ class Group:
             for side in sides
         )
         return first, second
+
+
+def _causal_pairs(length: int) -> int:
+    return length * (length + 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,7 +244,7 @@ def update_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["gradient_norm"]) & jnp.isfinite(metrics["loss"])
     updates, opt_state = rule.optimizer.update(grads, state.opt_state, trained, finite=finite)
-    trained = optax.apply_updates(trained, updates)
+    trained: Any = optax.apply_updates(trained, updates)
     metrics["skipped_update"] = 1.0 - finite.astype(jnp.float32)
     num_skipped = state.num_skipped + (~finite).astype(jnp.int32)
     num_updates = state.num_updates + 1
