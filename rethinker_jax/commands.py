@@ -5,41 +5,15 @@ What does the work is imported inside the functions, so that help and `verify` s
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rethinker_jax.config import Config, MeshConfig
-from rethinker_jax.config_file import config_name, find_config, load_config, load_defaults
-from rethinker_jax.config_keys import ALL_KEYS
+from rethinker_jax.commands_evaluate import evaluate_options, run_evaluate
+from rethinker_jax.config import Config
+from rethinker_jax.config_file import config_name, load_config, load_defaults
 from rethinker_jax.errors import UserError
-from rethinker_jax.options import EVALUATE_NAMES, EvaluateOptions, SampleOptions, ScoreOptions
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A parsed command line: the command's options, the words that are no overrides, the overrides, the mesh."""
-
-    options: argparse.Namespace
-    words: tuple[str, ...]
-    overrides: tuple[str, ...]
-    mesh: MeshConfig | None
-
-    def config_path(self) -> Path | None:
-        """The one CONFIG.yaml, if it was given."""
-        if len(self.words) > 1:
-            raise UserError(f"wanted one CONFIG.yaml, came {' and '.join(self.words)}")
-        if self.words and self.words[0] in ALL_KEYS:
-            raise UserError(f"{self.words[0]}: wanted a value, as in {self.words[0]}=VALUE")
-        return find_config(self.words[0]) if self.words else None
-
-    def config(self, without_file: Callable[[Sequence[str]], Config]) -> Config:
-        """The config of the file, or without one `without_file(overrides)`; --mesh goes before both."""
-        overrides = list(self.overrides)
-        if self.mesh is not None:
-            overrides += [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(self.mesh).items()]
-        path = self.config_path()
-        return load_config(path, overrides) if path else without_file(overrides)
+from rethinker_jax.options import EVALUATE_NAMES, SampleOptions, ScoreOptions
+from rethinker_jax.request import Request, with_model
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +77,7 @@ def _sample(request: Request) -> None:
             raise UserError(f"sample: --image {image}: no such file")
     if options.n < 1:
         raise UserError(f"sample: --n {options.n}: wanted 1 or more")
-    config = _with_model(config, options.model)
+    config = with_model(config, options.model)
     from rethinker_jax.devices import start_jax
     from rethinker_jax.sample import sample
 
@@ -125,7 +99,7 @@ def _score(request: Request) -> None:
     options, config = request.options, request.config(load_defaults)
     if options.data is None:
         raise UserError("score: wanted --data ROWS, problems with a completion or completion_ids each")
-    config = _with_model(config, options.model)
+    config = with_model(config, options.model)
     from rethinker_jax.devices import start_jax
     from rethinker_jax.sample import score
 
@@ -134,12 +108,9 @@ def _score(request: Request) -> None:
     score(ScoreOptions(config.model.path, options.data, options.output, template), config)
 
 
-def _with_model(config: Config, model: str | None) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=model)) if model else config
-
-
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="FILE", type=Path, help="JSON lines of responses and answers")
+    parser.add_argument("--data", metavar="ROWS", help="rows that hold the answers: the input is lines of `sample`")
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSON lines (default: standard output)")
 
 
@@ -151,125 +122,30 @@ def _verify(request: Request) -> None:
         raise UserError(f"verify: --input {request.options.input}: no such file")
     from rethinker_jax.verify.command import verify_file
 
-    verify_file(request.options.input, request.options.output, config.verifier)
+    golds = None
+    if request.options.data is not None:
+        from rethinker_jax.curation.sources import read_golds
+
+        golds = read_golds(request.options.data, config.data.image_root, config.run.max_bad_rows)
+    verify_file(request.options.input, request.options.output, config.verifier, golds)
 
 
-def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory, run directory or checkpoint")
-    parser.add_argument("--benchmark", metavar="NAME", help="a benchmark's name, or rows for rows of your own")
-    parser.add_argument("--data", metavar="PATH", help="folder, file or hub id (default: where it was published)")
-    parser.add_argument("--protocol", metavar="NAME", default="", help="prompt, pixels and decoding (see above)")
-    parser.add_argument("--n", metavar="N", type=int, help="samples per item (default: the protocol's)")
-    parser.add_argument("--seed", metavar="N", type=int, help="names the random stream (default: run.seed)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="the result; generations and a page beside it")
-    parser.add_argument("--shard", metavar="I/N", help="the items whose number is I modulo N; see --merge")
-    parser.add_argument("--force-rethink", action="store_true", help="a trigger after every completion that ends")
-    parser.add_argument("--regrade", metavar="FILE", type=Path, help="judges these generations again, without a model")
-    parser.add_argument("--merge", metavar="FILE", nargs="+", type=Path, help="joins generations of shards to --output")
-    parser.add_argument("--compare", metavar="FILE", nargs="+", help="results, item by item; all of it to a .json")
-    parser.add_argument("--table", metavar="WORD", nargs="+", help="markdown, latex or csv, then results")
-    parser.add_argument("--by", metavar="DIMENSION", help="with --table: accuracies by a category, as by version")
-    parser.add_argument("--export", metavar="WORD", nargs="+", help="lm_eval or vlmevalkit, then results; --output DIR")
-    parser.add_argument("--perplexity", metavar="FILE", type=Path, help="of these generations under --model")
+def _select_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", metavar="FILE", type=Path, help="lines of `sample`, `verify --data` or `evaluate`")
+    parser.add_argument("--data", metavar="ROWS", help="the rows that were sampled: parquet, JSON lines, example:SPLIT")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="in the form of the rows; a report beside it")
+    parser.add_argument("--mode", choices=("rows", "traces"), help="(default: select.mode)")
 
 
-def _evaluate(request: Request) -> None:
-    options = request.options
-    form = _form_of_evaluate(vars(options))
-    if form == "perplexity":
-        _perplexity(request)
-        return
-    if form:
-        _evaluate_finished(request)
-        return
-    if options.benchmark is None or options.output is None:
-        raise UserError("evaluate: wanted --benchmark NAME and --output FILE")
-    if options.n is not None and options.n < 1:
-        raise UserError(f"evaluate: --n {options.n}: wanted 1 or more")
-    from rethinker_jax.evaluation.asks import MAX_PROMPT_TOKENS, choose_protocol, overrides_of, read_shard
-    from rethinker_jax.evaluation.runs import trained_as
+def _select(request: Request) -> None:
+    options, config = request.options, request.config(load_defaults)
+    if options.data is None or options.output is None:
+        raise UserError("select: wanted --data ROWS and --output FILE")
+    if options.input is not None and not options.input.exists():
+        raise UserError(f"select: --input {options.input}: no such file")
+    from rethinker_jax.curation.command import SelectOptions, select
 
-    protocol = choose_protocol(options.protocol, options.n, options.benchmark)
-    given = _with_model(request.config(load_defaults), options.model)
-    own = given.data if request.config_path() else trained_as(given.model.path)
-    request = dataclasses.replace(request, overrides=(*overrides_of(protocol, own), *request.overrides))
-    config = request.config(lambda rest: load_defaults([f"data.max_prompt_tokens={MAX_PROMPT_TOKENS}", *rest]))
-    config = _with_model(config, options.model)
-    if not any(word.startswith("rethink.temperature=") for word in request.overrides):
-        config = dataclasses.replace(
-            config, rethink=dataclasses.replace(config.rethink, temperature=config.sampling.temperature)
-        )
-    n = protocol.decoding.n if options.n is None else options.n
-    if n > 1 and not config.sampling.temperature:
-        raise UserError(f"evaluate: --n {n} at temperature 0 draws the same {n} times; set sampling.temperature.")
-    asked = EvaluateOptions(
-        model=config.model.path,
-        benchmark=options.benchmark,
-        data=options.data,
-        protocol=protocol.name,
-        output=options.output,
-        n=n,
-        seed=config.run.seed if options.seed is None else options.seed,
-        shard=read_shard(options.shard),
-        force_rethink=options.force_rethink,
-    )
-    from rethinker_jax.devices import start_jax
-    from rethinker_jax.evaluation.command import evaluate
-
-    start_jax(config)
-    print(evaluate(asked, config))
-
-
-def _form_of_evaluate(given: Mapping[str, Any]) -> str:
-    """The form that works on files that are there, "" for an evaluation. Raises UserError for what it does not read."""
-    forms = [name for name in ("regrade", "merge", "compare", "table", "export", "perplexity") if given[name]]
-    if len(forms) > 1:
-        raise UserError(f"evaluate: wanted one of {' and '.join(f'--{name}' for name in forms)}")
-    form = forms[0] if forms else ""
-    unread = ["benchmark", "protocol", "n", "seed", "shard", "force_rethink"] if form else []
-    unread += ["model", "data"] if form not in ("", "perplexity") else []
-    unread += ["by"] if form != "table" else []
-    told = [f"--{name.replace('_', '-')}" for name in unread if given[name] not in (None, "", False)]
-    if told:
-        raise UserError(f"evaluate: {f'--{form}' if form else 'an evaluation'} does not read {' and '.join(told)}")
-    return form
-
-
-def _evaluate_finished(request: Request) -> None:
-    """The forms of `evaluate` that need no model."""
-    options = request.options
-    if options.merge and options.output is None:
-        raise UserError("evaluate: --merge wants --output FILE")
-    from rethinker_jax.evaluation import finished, regrade
-
-    if options.compare:
-        finished.print_comparison(options.compare, options.output)
-    elif options.table:
-        finished.print_table(options.table, options.output, options.by)
-    elif options.export:
-        finished.export_results(options.export, options.output)
-    elif options.merge:
-        print(regrade.merge(options.merge, options.output, request.config(load_defaults).verifier))
-    else:
-        print(regrade.regrade(options.regrade, options.output, request.config(load_defaults).verifier))
-
-
-def _perplexity(request: Request) -> None:
-    options = request.options
-    from rethinker_jax.evaluation.results import generations_of, read_generations
-
-    generations = generations_of(options.perplexity)
-    said = read_generations(generations).asked["protocol"]
-    keys = ("prompt_template", "max_prompt_tokens", "min_pixels", "max_pixels")
-    prompts = tuple(f"data.{key}={said[key]}" for key in keys)
-    config = _with_model(
-        dataclasses.replace(request, overrides=(*prompts, *request.overrides)).config(load_defaults), options.model
-    )
-    from rethinker_jax.devices import start_jax
-    from rethinker_jax.evaluation.perplexity import perplexity
-
-    start_jax(config)
-    perplexity(generations, options.data, options.output, config)
+    select(SelectOptions(options.input, options.data, options.output, options.mode or config.select.mode), config)
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -327,7 +203,7 @@ COMMANDS: dict[str, Command] = {
         "Writes config.yaml, metrics.jsonl, rollouts/, checkpoints/, tensorboard/, summary.json and report.html to\n"
         "run.dir, and goes on from the last checkpoint that it finds there.",
         _train,
-        sections=tuple(field.name for field in dataclasses.fields(Config) if field.name != "sft"),
+        sections=tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select")),
     ),
     "sft": Command(
         "supervised fine-tuning on completions",
@@ -363,12 +239,24 @@ COMMANDS: dict[str, Command] = {
     ),
     "verify": Command(
         "judges responses against answers; needs no accelerator",
-        "--input FILE [--output FILE] [verifier.key=value ...]",
+        "--input FILE [--data ROWS] [--output FILE] [verifier.key=value ...]",
         "Reads {id, response, answer, choices?, type?}, writes {id, verdict, reward, extracted, rule, ms}.\n"
+        "With --data it reads lines of `sample`, takes the answers from the rows, and adds the verdict to each line.\n"
         "With --output, the same command goes on where an interrupted or killed one ended.",
         _verify,
         _verify_options,
-        ("verifier",),
+        ("run", "data", "verifier"),
+        takes_mesh=False,
+    ),
+    "select": Command(
+        "rows or traces that are worth learning from, by their samples; needs no accelerator",
+        "--input FILE --data ROWS --output FILE [--mode rows|traces] [CONFIG.yaml] [select.filters=[...]] [...]",
+        "Judges the samples that have no verdict, runs the filters, and writes the rows with pass_rate, num_samples\n"
+        "and difficulty (mode rows), or a row with its completion for each sample (mode traces), which `sft` reads.\n"
+        "FILE.report.json says what every filter took, in all and by source. docs/curation.md has the filters.",
+        _select,
+        _select_options,
+        ("run", "data", "verifier", "select"),
         takes_mesh=False,
     ),
     "evaluate": Command(
@@ -378,8 +266,8 @@ COMMANDS: dict[str, Command] = {
         "writes FILE.json, FILE.generations.jsonl and FILE.html. The same command goes on where a killed one ended.\n"
         "--regrade, --merge, --compare, --table and --export work on files that are there and need no model.\n"
         + EVALUATE_NAMES,
-        _evaluate,
-        _evaluate_options,
+        run_evaluate,
+        evaluate_options,
         ("run", "model", "mesh", "data", "sampling", "verifier", "rethink", "evaluation"),
     ),
     "export": Command(

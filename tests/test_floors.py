@@ -8,9 +8,9 @@ import rethinker_jax
 ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
     {"__init__", "types", "config", "errors", "options", "output_files"}
-    | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping"},
+    | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping", "request", "json_lines"},
     {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
-    | {"console", "metrics"},
+    | {"chat_server", "console", "curation", "metrics"},
     {"devices", "models"},
     {"sampling", "training"},
     {
@@ -23,10 +23,11 @@ FLOORS = (
         "run_directory",
         "sft",
         "sample",
+        "distill",
         "export",
     },
     {"loop", "pipeline"},
-    {"commands", "main"},
+    {"commands", "commands_evaluate", "main"},
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 JAX = ("jax", "flax", "optax", "orbax")

@@ -5,7 +5,7 @@ the sampling layout over `tensor` only, because weights sharded over `fsdp` woul
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +35,9 @@ TRAINING_RULES: Mapping[str, str] = {
 SAMPLING_RULES: Mapping[str, str] = {dim: axis for dim, axis in TRAINING_RULES.items() if axis == "tensor"}
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over all devices. Raises UserError if the axis sizes do not multiply to their number."""
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
@@ -77,18 +77,21 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
-    """Put host arrays on the mesh, rows over (data, fsdp) where they divide evenly, else whole on every device.
+def row_shardings(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
+    """Where host arrays belong: rows over (data, fsdp) where they divide evenly, else whole on every device.
 
     Rows are on `axis`, but for the fields that `axis_of` names (by their last path key).
     """
     shards = row_shards(mesh)
 
-    def place(path: tuple[Any, ...], array: np.ndarray) -> jax.Array:
+    def sharding(path: tuple[Any, ...], array: np.ndarray) -> NamedSharding:
         rows = (axis_of or {}).get(path[-1].name, axis)
         fits = array.ndim > rows and array.shape[rows] % shards == 0
-        return jax.device_put(
-            array, NamedSharding(mesh, PartitionSpec(*[None] * rows, *ROWS) if fits else PartitionSpec())
-        )
+        return NamedSharding(mesh, PartitionSpec(*[None] * rows, *ROWS) if fits else PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
+    """Put host arrays on the mesh, where `row_shardings` says."""
+    return jax.device_put(tree, row_shardings(tree, mesh, axis, axis_of))

@@ -65,6 +65,12 @@ HERO = ChartSpec(
     (("reward", "Reward"), ("accuracy", "Accuracy")),
     "share",
 )
+SFT_HERO = ChartSpec(
+    "learning",
+    "Loss",
+    "Mean negative log-likelihood of the learned tokens, in nats: of each batch, and of the validation rows.",
+    (("nll", "Training"), ("validation_nll", "Validation")),
+)
 SPECS = (
     ChartSpec(
         "signal",
@@ -96,6 +102,13 @@ SPECS = (
         ),
         "share",
     ),
+    ChartSpec(
+        "token_accuracy",
+        "Token accuracy",
+        "Validation: share of the learned tokens that are the likeliest next token.",
+        (("validation_token_accuracy", "Validation"),),
+        "share",
+    ),
     ChartSpec("length", "Completion length", "Mean tokens a completion.", (("completion_length", "Tokens"),)),
     ChartSpec("entropy", "Entropy", "Of the policy's next token, in nats, mean.", (("entropy", "Entropy"),)),
     ChartSpec("gradient", "Gradient norm", "Before clipping.", (("gradient_norm", "Norm"),)),
@@ -108,12 +121,12 @@ SPECS = (
     ),
     ChartSpec("speed", "Speed", "Sampled tokens per second.", (("tokens_per_second", "Tokens / s"),)),
 )
-NAMED = frozenset(name for spec in (HERO, *SPECS) for name, _ in spec.series)
 
 
-def rest_of(metrics: Metrics) -> list[ChartSpec]:
-    """One small chart for every metric that no named chart shows, phase times last."""
-    names = sorted((n for n in metrics.series if n not in NAMED), key=lambda n: (n.startswith("seconds_"), n))
+def rest_of(metrics: Metrics, hero: ChartSpec = HERO) -> list[ChartSpec]:
+    """One small chart for every metric that neither `hero` nor another named chart shows, phase times last."""
+    named = {name for spec in (hero, *SPECS) for name, _ in spec.series}
+    names = sorted((n for n in metrics.series if n not in named), key=lambda n: (n.startswith("seconds_"), n))
     return [
         ChartSpec(f"rest-{place}", name, "", ((name, name),), "seconds" if name.startswith("seconds_") else "number")
         for place, name in enumerate(names)

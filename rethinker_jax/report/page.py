@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rethinker_jax.report.charts import HERO, SPECS, Chart, draw, rest_of, thin
+from rethinker_jax.report.charts import HERO, SFT_HERO, SPECS, Chart, draw, rest_of, thin
 from rethinker_jax.report.read import Group, Run, as_int, as_mapping, as_number, as_text
 from rethinker_jax.report.subset import Subset, choose_rollouts, script_json
 
 MAX_PAGE_BYTES = 15_000_000
 MAX_TEXT = 100_000  # characters of config.yaml and summary.json shown
 MAX_REST_CHARTS = 60
+# Characters that would not be seen, or would move others: those that rollouts.js spells out.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,12 @@ class _Charts:
 
 def _draw_charts(run: Run) -> _Charts:
     metrics = thin(run.metrics)
-    rest = rest_of(metrics)
+    hero = SFT_HERO if run.is_sft else HERO
+    rest = rest_of(metrics, hero)
     named = [draw(spec, metrics, 360, 190) for spec in SPECS]
     drawn = [draw(spec, metrics, 250, 120) for spec in rest[:MAX_REST_CHARTS]]
     return _Charts(
-        hero=draw(HERO, metrics, 700, 335),
+        hero=draw(hero, metrics, 700, 335),
         named=[chart for chart in named if chart is not None],
         rest=[chart for chart in drawn if chart is not None],
         num_left_out=max(0, len(rest) - MAX_REST_CHARTS),
@@ -103,6 +107,7 @@ def fill_template(name: str, payload: Mapping[str, Any], **fields: Any) -> bytes
         loader=jinja2.DictLoader({name: page, "rollouts.html": rollouts}), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["spelled"] = spell_controls
     html = environment.get_template(name).render(
         **fields, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}",
         data=Markup(script_json(payload)),
@@ -113,6 +118,11 @@ def fill_template(name: str, payload: Mapping[str, Any], **fields: Any) -> bytes
 def cut(text: str) -> str:
     """As much of a text as a page shows."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}\n… ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def spell_controls(text: str) -> str:
+    """As much of a text as a page shows, control characters written out."""
+    return CONTROL.sub(lambda found: f"[U+{ord(found[0]):04X}]", cut(text))
 
 
 def _render(run: Run, charts: _Charts, subset: Subset) -> bytes:
@@ -163,11 +173,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """Short (name, value) pairs for the header; what the run did not say is left out."""
     summary = run.summary
     versions = as_mapping(summary.get("versions"))
+    validation = as_mapping(summary.get("validation_nll"))
+    losses = [as_number(value) for value in (summary.get("nll"), validation.get("before"), validation.get("after"))]
+    accuracy = as_mapping(summary.get("validation_token_accuracy"))
+    shares = [as_number(accuracy.get(when)) for when in ("before", "after")]
     wall, cpu = as_number(summary.get("wall_s")), as_number(summary.get("cpu_s"))
     seed = as_int(summary.get("seed", as_mapping(run.config.get("run")).get("seed")))
     facts = [
         ("model", run.model),
         ("seed", "" if seed is None else str(seed)),
+        ("loss", "" if losses[0] is None else f"{losses[0]:.3f}"),
+        ("validation loss", "" if losses[1] is None or losses[2] is None else f"{losses[1]:.3f} → {losses[2]:.3f}"),
+        ("token accuracy", "" if shares[0] is None or shares[1] is None else f"{shares[0]:.1%} → {shares[1]:.1%}"),
         ("device", as_text(summary.get("device"))),
         ("wall time", "" if wall is None else duration(wall)),
         ("CPU time", "" if cpu is None else duration(cpu)),

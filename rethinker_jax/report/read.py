@@ -5,6 +5,7 @@ half written) is left out and counted, and the count is shown on the page.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -19,6 +20,8 @@ from rethinker_jax.errors import UserError
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 _PAD_RUN = re.compile(r"(?:<\|(?:image|video)_pad\|>){2,}")
 _IMAGE_FILE = re.compile(r"[0-9a-f]{64}\.(?:png|jpe?g|webp|gif|bmp)")
+_BASE64 = re.compile(r"[A-Za-z0-9+/]{1,200000}={0,2}")
+MAX_LEARNED_ROWS, MAX_LEARNED_IMAGES = 8, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,28 @@ class RolloutFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class LearnedSpan:
+    text: str
+    learned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedRow:
+    """A row of fine-tuning as its tokens have it. `images` are base64 of small WebPs, checked to be nothing else."""
+
+    id: str
+    prompt_text: str
+    images: tuple[str, ...]
+    spans: tuple[LearnedSpan, ...]
+    num_tokens: int | None
+    num_learned: int | None
+    is_cut: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
+    """`learned` are sample rows of a fine-tuning run, which other runs have none of."""
+
     name: str
     config_text: str
     config: Mapping[str, Any]
@@ -90,12 +114,19 @@ class Run:
     evaluations: tuple[RolloutFile, ...]
     rollouts: tuple[RolloutFile, ...]
     image_dir: Path
+    learned: tuple[LearnedRow, ...] = ()
+
+    @property
+    def is_sft(self) -> bool:
+        """Fine-tuning, by its sample rows or by metrics without a reward."""
+        return bool(self.learned or (self.metrics.steps and "reward" not in self.metrics.series))
 
     @property
     def num_steps(self) -> int | None:
-        """Steps the run was asked for; fine-tuning, which has no reward, counts its own."""
-        section = "sft" if self.metrics.steps and "reward" not in self.metrics.series else "run"
-        return as_int(as_mapping(self.config.get(section)).get("num_steps"))
+        """Steps the run was asked for; of one that counts epochs, once it is finished."""
+        section = as_mapping(self.config.get("sft" if self.is_sft else "run"))
+        counts_epochs = self.is_sft and as_int(section.get("num_epochs"))
+        return as_int((self.summary if counts_epochs else section).get("num_steps"))
 
     @property
     def model(self) -> str:
@@ -124,6 +155,7 @@ def read_run(run_dir: Path) -> Run:
         evaluations=tuple(file for file in evaluations if file.path.is_file()),
         rollouts=tuple(sorted(rollouts, key=lambda file: file.step or 0)),
         image_dir=run_dir / "rollouts" / "images",
+        learned=_read_learned(run_dir / "samples.jsonl"),
     )
 
 
@@ -217,6 +249,29 @@ def _read_metrics(path: Path) -> Metrics:
     series = {name: tuple(as_number(by_step[step].get(name)) for step in steps) for name in names}
     drawn = {name: values for name, values in series.items() if any(value is not None for value in values)}
     return Metrics(steps, drawn, num_unreadable)
+
+
+def _read_learned(path: Path) -> tuple[LearnedRow, ...]:
+    rows = itertools.islice((row for row in _json_lines(path) if row is not None), MAX_LEARNED_ROWS)
+    return tuple(
+        LearnedRow(
+            id=as_text(row.get("id")),
+            prompt_text=fold_pads(as_text(row.get("prompt_text"))),
+            images=tuple(
+                image
+                for image in map(as_text, as_list(row.get("images"))[:MAX_LEARNED_IMAGES])
+                if _BASE64.fullmatch(image)
+            ),
+            spans=tuple(
+                LearnedSpan(as_text(span.get("text")), span.get("learned") is True)
+                for span in map(as_mapping, as_list(row.get("spans")))
+            ),
+            num_tokens=as_int(row.get("num_tokens")),
+            num_learned=as_int(row.get("num_learned")),
+            is_cut=row.get("is_cut") is True,
+        )
+        for row in rows
+    )
 
 
 def _group(row: Mapping[str, Any]) -> Group:

@@ -16,7 +16,7 @@ from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.parts import join_params, split_params
 from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import place_rows
+from rethinker_jax.models.sharding import place_rows, row_shardings
 from rethinker_jax.training.batch import TrainBatch
 from rethinker_jax.training.log_probs import completion_log_probs
 from rethinker_jax.training.losses import POLICY_LOSSES, PolicyLoss, kl_estimate, token_weights, truncated_importance
@@ -83,7 +83,7 @@ class Updater:
         places: Any = (shardings, opt_state, whole, whole, average)
         self._places = TrainState(*places)
         self.reference = _copy_of(params, rule.dtype) if rule.loss.reference == "start" else {}
-        self._step = jax.jit(
+        self.compiled_step = jax.jit(
             functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole)
         )
 
@@ -124,16 +124,25 @@ class Updater:
         `kl_coefficient` is that of `loss.kl: loss`, where a controller moves it; None = the config's.
         """
         config = self.rule.loss
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-        # Rows lie behind the micro-batch axis; those of the positions behind time, height and width too.
-        batch = place_rows(stacked, self.mesh, 1, {"positions": 2})
+        stacked = stack_batches(batches)
+        batch = jax.device_put(stacked, batch_shardings(stacked, self.mesh))
         reference = {} if config.kl == "reward" else self.reference  # the KL is in the advantages already
         coefficient = config.kl_coefficient if kl_coefficient is None else kl_coefficient
-        return self._step(state, batch, reference, np.float32(coefficient))
+        return self.compiled_step(state, batch, reference, np.float32(coefficient))
 
     def log_probs(self, params: Params, batch: TrainBatch) -> jax.Array:
         """Log-probs of the completions of `batch` under `params`, float32 [rows, length], without gradients."""
         return _log_probs(self.rule, params, place_rows(batch, self.mesh, 0, {"positions": 1}))
+
+
+def stack_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
+    """Micro-batches of one shape as one, behind an axis of their own."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def batch_shardings(stacked: TrainBatch, mesh: Mesh) -> Any:
+    """Rows lie behind the micro-batch axis; those of the positions behind time, height and width too."""
+    return row_shardings(stacked, mesh, 1, {"positions": 2})
 
 
 def _copy_of(params: Params, dtype: Any) -> Params:

@@ -4,10 +4,14 @@ The whole input is checked before anything is judged, so that a malformed line c
 batches in memory at a time, in the order of the input. The output file appears complete or not at all: until then
 verdicts are in `OUTPUT.<digest>.partial`, and a command that finds this file goes on from there. The digest is of the
 input and of the settings that decide.
+
+With the rows that were sampled, the lines are those of `sample`: their answers come from the rows, and the verdict's
+keys are added to each line, so that what was sampled stays beside what was said of it.
 """
 
 import collections
 import contextlib
+import dataclasses
 import fcntl
 import glob
 import hashlib
@@ -17,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, get_args
 
@@ -27,12 +31,13 @@ from rethinker_jax import __version__
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.json_lines import with_keys
 from rethinker_jax.stopping import listening
 from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify.pool import JudgeItem, PendingVerdicts, VerifierPool
 
 BATCH = 64  # lines that are written together
-BATCH_CHARS = 1_000_000  # of responses; a batch of long ones is smaller
+BATCH_CHARS = 1_000_000  # of responses and of lines that are kept; a batch of long ones is smaller
 BATCHES_IN_FLIGHT = 32
 MAX_NAMED_LINES = 20
 SHOW_EVERY_S = 0.5
@@ -40,10 +45,27 @@ DIGEST_CHARS = 16
 
 Row = dict[str, Any]
 Tally = collections.Counter[str]  # verdict name: lines
+Golds = Mapping[str, JudgeItem]  # problem id: what a response to it is judged by
 
 
-def verify_file(input: Path, output: Path | None, config: VerifierConfig) -> int:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Target:
+    """What a verdict is written to: a line's id, and the line itself where it is kept."""
+
+    id: str | int
+    line: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Input:
+    item: JudgeItem
+    target: _Target
+
+
+def verify_file(input: Path, output: Path | None, config: VerifierConfig, golds: Golds | None = None) -> int:
     """Judges every line and returns how many there are; `output` None writes to stdout.
+
+    With `golds` the lines are those of `sample`.
 
     Raises UserError for an input that cannot be read or has malformed lines, all of them counted and the first named,
     and Stopped, with the verdicts so far kept, where the output is a file and the process is asked to stop.
@@ -56,19 +78,19 @@ def verify_file(input: Path, output: Path | None, config: VerifierConfig) -> int
         ) from error
     with source:
         lines = source if source.seekable() else _spooled(source)
-        num_lines, digest = _check(lines, str(input))
+        num_lines, digest = _check(lines, str(input), golds)
         lines.seek(0)
         if output is None:
             shared = sys.stdout.isatty()  # the lines are progress enough
             console = Console(stderr=True, quiet=shared, force_terminal=False if shared else None)
             progress = RunProgress(num_lines, title="verify", console=console, unit="line")
-            _judge_rows(_rows(lines), Tally(), sys.stdout.write, progress, config)
+            _judge_rows(_inputs(lines, golds), Tally(), sys.stdout.write, progress, config)
             sys.stdout.flush()
         else:
             if output.exists() and (not output.is_file() or output.samefile(input)):
                 raise UserError(f"--output: wanted a file, and not the input, got {str(output)!r}.")
             path = partial_path(output, digest, config)
-            _judge_to_file(_rows(lines), num_lines, output, path, config)
+            _judge_to_file(_inputs(lines, golds), num_lines, output, path, config)
     return num_lines
 
 
@@ -87,9 +109,11 @@ def _spooled(source: IO[bytes]) -> IO[bytes]:
     return spool
 
 
-def _check(lines: IO[bytes], name: str) -> tuple[int, str]:
-    """The number of lines that hold something, and a digest of them all."""
+def _check(lines: IO[bytes], name: str, golds: Golds | None) -> tuple[int, str]:
+    """The number of lines that hold something, and a digest of them all and of the golds."""
     digest, num_lines = hashlib.sha256(), 0
+    if golds is not None:
+        digest.update(repr(sorted(golds.items(), key=lambda gold: gold[0])).encode("utf-8", "surrogatepass"))
     named: list[str] = []
     num_problems = 0
     for number, line in enumerate(lines, 1):
@@ -97,7 +121,7 @@ def _check(lines: IO[bytes], name: str) -> tuple[int, str]:
         if not line.strip():
             continue
         num_lines += 1
-        problem = line_problem(line)
+        problem = line_problem(line, golds)
         if problem:
             num_problems += 1
             if len(named) < MAX_NAMED_LINES:
@@ -105,26 +129,34 @@ def _check(lines: IO[bytes], name: str) -> tuple[int, str]:
     if num_problems:
         more = f"; and {num_problems - len(named)} more" if num_problems > len(named) else ""
         raise UserError(
-            f"{name}: {num_problems} malformed line(s), nothing was judged. Wanted one JSON object per line with id, "
-            f"response (text) and answer (text), optionally choices (list of texts) and type (text). "
-            f"{'; '.join(named)}{more}."
+            f"{name}: {num_problems} malformed line(s), nothing was judged. Wanted one JSON object per line with "
+            f"{_WANTED if golds is None else _WANTED_SAMPLE}. {'; '.join(named)}{more}."
         )
     return num_lines, digest.hexdigest()
 
 
-def line_problem(line: bytes) -> str:
+_WANTED = "id, response (text) and answer (text), optionally choices (list of texts) and type (text)"
+_WANTED_SAMPLE = "id (of a row of --data) and completion (text), as `sample` writes them"
+
+
+def line_problem(line: bytes, golds: Golds | None = None) -> str:
     """What is wrong with one input line, or ""."""
     try:
-        row = json.loads(line)
+        row = json.loads(line if golds is None else line.decode("utf-8-sig"))  # keys are added to it in UTF-8
     except (ValueError, RecursionError) as error:
         return f"not JSON ({type(error).__name__})"
     if not isinstance(row, dict):
         return f"a JSON object is wanted, not {type(row).__name__}"
-    missing = [key for key in ("id", "response", "answer") if key not in row]
+    wanted = ("id", "response", "answer") if golds is None else ("id", "completion")
+    missing = [key for key in wanted if key not in row]
     if missing:
         return f"missing {', '.join(missing)}"
     if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
         return "id is neither text nor an integer"
+    if golds is not None:
+        if not isinstance(row["completion"], str):
+            return "completion is not text"
+        return "" if _name(row) in golds else f"no usable row has the id {row['id']!r:.80}"
     if not isinstance(row["response"], str):
         return "response is not text"
     if isinstance(row["answer"], bool) or not isinstance(row["answer"], str | int | float):
@@ -139,7 +171,7 @@ def line_problem(line: bytes) -> str:
     return ""
 
 
-def _judge_to_file(rows: Iterator[Row], num_lines: int, output: Path, path: Path, config: VerifierConfig) -> None:
+def _judge_to_file(rows: Iterator[_Input], num_lines: int, output: Path, path: Path, config: VerifierConfig) -> None:
     """Judges the rows whose verdicts are not in `path` yet, and makes that file the output."""
     with _open_partial(path, output) as partial:
         tally = _read_kept(partial, path, rows)
@@ -152,7 +184,7 @@ def _judge_to_file(rows: Iterator[Row], num_lines: int, output: Path, path: Path
 
                 def write(text: str) -> None:
                     with stop.held():
-                        partial.write(text.encode("ascii"))
+                        partial.write(text.encode("utf-8"))
                         partial.flush()
 
                 _judge_rows(rows, tally, write, progress, config)
@@ -194,7 +226,7 @@ def _open_partial(path: Path, output: Path) -> Generator[IO[bytes]]:
             raise
 
 
-def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[Row]) -> Tally:
+def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[_Input]) -> Tally:
     """Counts the verdicts that are there, takes their rows off `rows`, and cuts off a last line that is torn."""
     tally, end = Tally(), 0
     for number, line in enumerate(partial, 1):
@@ -203,7 +235,7 @@ def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[Row]) -> Tally:
         row = next(rows, None)
         try:
             kept = json.loads(line)
-            fits = row is not None and kept["id"] == row["id"] and kept["verdict"] in get_args(VerdictName)
+            fits = row is not None and kept["id"] == row.target.id and kept["verdict"] in get_args(VerdictName)
         except (ValueError, KeyError, TypeError):
             fits = False
         if not fits:
@@ -219,19 +251,19 @@ def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[Row]) -> Tally:
 
 
 def _judge_rows(
-    rows: Iterator[Row], tally: Tally, write: Callable[[str], object], progress: RunProgress, config: VerifierConfig
+    rows: Iterator[_Input], tally: Tally, write: Callable[[str], object], progress: RunProgress, config: VerifierConfig
 ) -> None:
-    waiting: collections.deque[tuple[list[str | int], PendingVerdicts]] = collections.deque()
+    waiting: collections.deque[tuple[list[_Target], PendingVerdicts]] = collections.deque()
     shown = 0.0
 
-    def finish(ids: list[str | int], pending: PendingVerdicts) -> None:
+    def finish(batch: list[_Target], pending: PendingVerdicts) -> None:
         nonlocal shown
         verdicts = pending.result()
-        if not shown and len(ids) == BATCH:  # the pace counts from here: starting the workers took its time
+        if not shown and len(batch) == BATCH:  # the pace counts from here: starting the workers took its time
             shown = time.monotonic()
             progress.update(tally.total(), {})
         tally.update(verdict.verdict for verdict in verdicts)
-        write("".join(map(_line, ids, verdicts)))
+        write("".join(map(_line, batch, verdicts)))
         if shown and time.monotonic() - shown >= SHOW_EVERY_S:
             shown = time.monotonic()
             failed = {name: float(tally[name]) for name in ("timeout", "crash", "bad_gold") if tally[name]}
@@ -239,7 +271,7 @@ def _judge_rows(
 
     with progress, VerifierPool(config) as pool:
         for batch in _batches(rows):
-            waiting.append(([row["id"] for row in batch], pool.submit([_item(row) for row in batch])))
+            waiting.append(([row.target for row in batch], pool.submit([row.item for row in batch])))
             if len(waiting) >= BATCHES_IN_FLIGHT:
                 finish(*waiting.popleft())
         while waiting:
@@ -248,16 +280,29 @@ def _judge_rows(
         progress.note(f"{tally.total()} lines: {counts}" if tally else "no lines")
 
 
-def _rows(lines: IO[bytes]) -> Iterator[Row]:
-    return (json.loads(line) for line in lines if line.strip())
+def _inputs(lines: IO[bytes], golds: Golds | None) -> Iterator[_Input]:
+    for line in lines:
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        if golds is None:
+            yield _Input(_item(row), _Target(row["id"]))
+        else:
+            item = dataclasses.replace(golds[_name(row)], response=row["completion"])
+            yield _Input(item, _Target(row["id"], line))
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def _name(row: Row) -> str:
+    """The problem's id, as rows are named."""
+    return str(row["id"]).strip()
+
+
+def _batches(rows: Iterator[_Input]) -> Iterator[list[_Input]]:
+    batch: list[_Input] = []
     chars = 0
     for row in rows:
         batch.append(row)
-        chars += len(row["response"])
+        chars += len(row.item.response) + len(row.target.line)
         if len(batch) == BATCH or chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -269,9 +314,13 @@ def _item(row: Row) -> JudgeItem:
     return JudgeItem(row["response"], str(row["answer"]), tuple(row.get("choices") or ()), row.get("type") or "auto")
 
 
-def _line(identity: str | int, verdict: Verdict) -> str:
-    """One line of output, in ASCII: answers may hold halves of characters, which no file could."""
-    return json.dumps(_record(identity, verdict)) + "\n"
+def _line(target: _Target, verdict: Verdict) -> str:
+    """One line of output. The verdict is in ASCII: answers may hold halves of characters, which no file could."""
+    record = _record(target.id, verdict)
+    if target.line:
+        del record["id"]
+        return with_keys(target.line, record).decode("utf-8")
+    return json.dumps(record) + "\n"
 
 
 def _record(identity: str | int, verdict: Verdict) -> Row:

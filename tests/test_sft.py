@@ -1,0 +1,447 @@
+"""Fine-tuning on the example's model: what a run leaves, what it measures, how it goes on; transformers' own step."""
+
+import dataclasses
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from reference_cases import make_config, noise
+from reference_ours import for_device, forward, load
+
+from rethinker_jax.config import Config, ModelConfig, OptimizerConfig, RunConfig, SftConfig
+from rethinker_jax.config_file import load_config
+from rethinker_jax.errors import UserError
+from rethinker_jax.example.model_config import build_model_directory
+from rethinker_jax.main import main
+from rethinker_jax.models.qwen25vl import define_model
+from rethinker_jax.models.qwen_config import read_config
+from rethinker_jax.models.weights import hf_tensors, load_params
+from rethinker_jax.prompts.batch import pack_prompts
+from rethinker_jax.report import write_report
+from rethinker_jax.run_directory import RunDirectory
+from rethinker_jax.sft.conversation import SftRow
+from rethinker_jax.sft.encode import RowEncoder
+from rethinker_jax.sft.loop import SFT_LOSS, Setup, count_steps, is_finished, next_batches, pack
+from rethinker_jax.sft.rows import open_split
+from rethinker_jax.system import EXAMPLE_MODEL, System, load_system, make_updater
+from rethinker_jax.training.batch import TrainRow
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+REPOSITORY = Path(__file__).parent.parent
+Row = dict[str, Any]
+# Rows of one picture of one size and of about one length, so that little is compiled.
+SMALL = """
+run: {dir: out, save_every: 1, keep_checkpoints: 9}
+data: {prompt_template: none}
+buckets: {row_tokens: [64], vision: [[2, 4]]}
+optimizer: {learning_rate: 1.0e-3, schedule: constant, warmup_steps: 1, b2: 0.99}
+sft: {data: rows.jsonl, validation: held.jsonl, num_steps: 3, batch_size: 2, max_completion_tokens: 24,
+      validate_every: 1}
+"""
+
+
+def picture(number: int) -> bytes:
+    pixels = (noise(3, f"picture {number}", (56, 56, 3)) * 60 + 128).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def talk(number: int, image: bool) -> Row:
+    question = {"role": "user", "content": f"{'<image>' * image}add {number} 5?"}
+    answer = {"role": "assistant", "content": f"{number}+5={number + 5} \\boxed{{{number + 5}}}"}
+    return {"id": f"talk-{number}", "messages": [question, answer], "images": ["0.png"] * image}
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(path: str) -> list[Row]:
+    """Lines of a JSON-lines file without what the clock says."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def fill(folder: Path) -> None:
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "0.png").write_bytes(picture(0))
+    bad = talk(9, True) | {"images": []}
+    write(folder / "rows.jsonl", [talk(1, True), talk(2, False), bad, talk(3, True), talk(4, False), talk(5, False)])
+    last = [{"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    held = [talk(6, True), talk(7, False) | {"messages": talk(7, False)["messages"] + last}, talk(8, False)]
+    write(folder / "held.jsonl", held)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows and a run of three steps."""
+    folder = tmp_path_factory.mktemp("sft")
+    fill(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["sft", "small.yaml"]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bad row dropped in silence, a step written twice, and a report without what is learned."""
+    monkeypatch.chdir(straight)
+    (bad,) = lines("out/bad_rows.jsonl")
+    assert (bad["id"], bad["kind"]) == ("rows.jsonl row 2", "image_count")
+    metrics = lines("out/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2] and all("validation_nll" in row for row in metrics)
+    summary = json.loads(Path("out/summary.json").read_text())
+    found = summary["validation_nll"]
+    assert summary["num_rows"] == 5 and found["after"] == metrics[-1]["validation_nll"] != found["before"]
+    assert found["best"] == min(row["validation_nll"] for row in metrics)
+    samples = lines("out/samples.jsonl")
+    assert {row["id"] for row in samples} == {f"talk-{number}" for number in (1, 2, 3, 4, 5)}
+    for row in samples:
+        number = int(row["id"][-1])
+        assert row["spans"] == [{"text": f"{number}+5={number + 5} \\boxed{{{number + 5}}}<|im_end|>", "learned": True}]
+        assert len(row["images"]) == (number in (1, 3))
+    page = Path("out/report.html").read_text()
+    assert "What is learned" in page and "3+5=8 \\boxed{8}&lt;|im_end|&gt;" in page
+    assert "Validation" in page and "3 steps" in page
+
+
+def test_validation_is_the_mean_over_learned_tokens(straight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the model's plain forward pass, a prompt and its completion as one text, without packing or mask arrays.
+
+    Catches a mean over rows instead of tokens, unlearned tokens that count, images of the wrong row, and hits of the
+    token before.
+    """
+    monkeypatch.chdir(straight)
+    summary = json.loads(Path("out/summary.json").read_text())
+    for directory, when in ((EXAMPLE_MODEL, "before"), (Path("out/model"), "after")):
+        system, rows = opened(["data.prompt_template=none", f"model.path={directory}"])
+        config, params = load_params(directory, read_config(directory), jnp.float32)
+        encoder = RowEncoder(system.builder, 24)
+        encoded = [encoder.encode(row).row for row in rows.validation]
+        whole = [as_prompt(row) for row in encoded]
+        batch = pack_prompts(whole, system.geometry, vision_buckets=[(2, 4)])
+        logits = np.asarray(forward(define_model(config), params, for_device(batch)), np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        found = [
+            (
+                -log_probs[place, len(row.prompt) - 1 + t, token],
+                log_probs[place, len(row.prompt) - 1 + t].argmax() == token,
+            )
+            for place, row in enumerate(encoded)
+            for t, token in enumerate(row.completion_ids)
+            if row.nll_mask[t]
+        ]
+        # The second row's two answers end twice, and between them stand a line break, a question and three marks.
+        assert len(found) < sum(len(row.completion_ids) for row in encoded)
+        nll, accuracy = np.mean(found, axis=0)
+        np.testing.assert_allclose(summary["validation_nll"][when], nll, rtol=1e-4)
+        assert summary["validation_token_accuracy"][when] == pytest.approx(accuracy) and 0 < accuracy < 1
+
+
+def opened(overrides: Sequence[str]) -> tuple[System, Any]:
+    config = load_config(Path("small.yaml"), list(overrides))
+    return load_system(config), open_split(config, lambda bad: None)
+
+
+def as_prompt(row: TrainRow) -> Any:
+    """Prompt and completion as one prompt: text goes on from `next_position` on all axes."""
+    count = len(row.completion_ids)
+    following = np.broadcast_to(row.prompt.next_position + np.arange(count, dtype=np.int32), (3, count))
+    return dataclasses.replace(
+        row.prompt,
+        token_ids=np.concatenate([row.prompt.token_ids, row.completion_ids]),
+        positions=np.concatenate([row.prompt.positions, following], axis=1).astype(np.int32),
+        image_index=np.concatenate([row.prompt.image_index, np.full(count, -1, np.int32)]),
+    )
+
+
+def test_a_run_that_goes_on_ends_as_the_straight_one(
+    straight: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches moments, data order or the first validation that are not in the checkpoint, and rows that changed."""
+    monkeypatch.chdir(straight)
+    assert main(["sft", "small.yaml", "run.dir=parts", "sft.num_steps=1"]) == 0
+    rows = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(rows.replace("add 4 5?", "add 4 6?"))
+    capsys.readouterr()
+    assert main(["sft", "small.yaml", "run.dir=parts"]) == 2
+    assert "does not hold the rows" in capsys.readouterr().err
+    Path("rows.jsonl").write_text(rows)
+    assert main(["sft", "small.yaml", "run.dir=parts", "sft.validate_every=2"]) == 2
+    assert "sft.validate_every was 1" in capsys.readouterr().err
+    assert main(["sft", "small.yaml", "run.dir=parts"]) == 0
+    assert lines("parts/metrics.jsonl") == lines("out/metrics.jsonl")
+    one, two = (json.loads(Path(name, "summary.json").read_text())["validation_nll"] for name in ("parts", "out"))
+    assert one == two
+    weights = [Path(name, "model/model.safetensors").read_bytes() for name in ("parts", "out")]
+    assert weights[0] == weights[1] != (EXAMPLE_MODEL / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sft.data=0.png"], "0.png"),
+        (["sft.data=nothing.jsonl"], "nothing.jsonl"),
+        (["sft.data=plain.jsonl"], "no row format fits its columns text"),
+        (["sft.data=useless.jsonl"], "or an assistant's turn that can be learned"),
+        (["sft.format=alpaca"], "sft.format is alpaca"),
+        (["sft.validation_fraction=0.5"], "both set"),
+        (["run.max_bad_rows=0"], "more than run.max_bad_rows=0"),
+        (["sft.overlong=drop", "sft.max_completion_tokens=1"], "none of its 2 rows can be used"),
+        (["sft.overlong=shorten"], "overlong"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    words: str,
+) -> None:
+    """Catches a traceback, a success, and a message that does not name the trouble."""
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    write(tmp_path / "plain.jsonl", [{"text": "a"}])
+    write(tmp_path / "useless.jsonl", [{"messages": []}])
+    assert main(["sft", "small.yaml", "sft.validation=held.jsonl", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and words in said
+
+
+@pytest.fixture(scope="module")
+def system() -> System:
+    return load_system(Config())
+
+
+def setup_of(system: System, folder: Path, rows: Sequence[Row], **options: Any) -> Setup:
+    write(folder / "rows.jsonl", rows)
+    sft = SftConfig(data=str(folder / "rows.jsonl"), batch_size=4, max_completion_tokens=16, **options)
+    config = Config(sft=sft)
+    split = open_split(config, lambda bad: None)
+    run = RunDirectory(folder / "run", "sft")
+    return Setup(config, "x", run, system, RowEncoder(system.builder, 16), split, count_steps(sft, split.train.count))
+
+
+def learned_counts(setup: Setup, step: int) -> Counter[int]:
+    """How often each number of learned tokens occurs among the rows of a step."""
+    batches = next_batches(setup, step).micro_batches
+    counts = np.concatenate([np.asarray(batch.nll_mask).sum(-1) for batch in batches])
+    return Counter(int(count) for count in counts if count)
+
+
+def test_epochs_meet_every_row_as_often(system: System, tmp_path: Path) -> None:
+    """Two passes over 5 rows in batches of 4 are 3 steps of 4, 4 and 2 rows. Catches a tail that is dropped or filled
+    up with rows of a third pass."""
+    # A row of n digits apart from each other has n tokens or so and an end token: different for every row.
+    setup = setup_of(
+        system, tmp_path, [{"question": "?", "completion": "\n".join("12345"[: n + 1])} for n in range(5)], num_epochs=2
+    )
+    met = [learned_counts(setup, step) for step in range(setup.num_steps)]
+    assert [sum(one.values()) for one in met] == [4, 4, 2]
+    total = sum(met, Counter())
+    assert len(total) == 5 and set(total.values()) == {2}
+    assert [count_steps(SftConfig(num_epochs=1, batch_size=4), rows) for rows in (1, 4, 5)] == [1, 1, 2]
+    assert count_steps(SftConfig(num_steps=7), 5) == 7
+    assert is_finished(SftConfig(num_epochs=1), {"num_epochs": 1, "num_steps": 3})
+    assert not is_finished(SftConfig(num_epochs=2), {"num_epochs": 1, "num_steps": 9999})
+    assert not is_finished(SftConfig(num_steps=4), {"num_epochs": 1, "num_steps": 3})
+
+
+def test_long_completions_are_cut_or_left_out(system: System, tmp_path: Path) -> None:
+    """Catches a row that is cut where it should be dropped, and shares that are not counted."""
+    rows = [{"question": "?", "completion": text} for text in ("1", "2", "3", "4" + "\n5" * 40)]
+    cut = next_batches(setup_of(system, tmp_path, rows), 0)
+    drop = setup_of(system, tmp_path, rows, overlong="drop")
+    dropped = next_batches(drop, 0)
+    assert (cut.cut_share, cut.dropped_share, dropped.cut_share, dropped.dropped_share) == (0.25, 0.0, 0.0, 0.25)
+    assert sorted(learned_counts(setup_of(system, tmp_path, rows), 0).elements()) == [2, 2, 2, 16]
+    assert sorted(learned_counts(drop, 0).elements()) == [2, 2, 2]
+    none = setup_of(system, tmp_path, rows[-1:], overlong="drop")
+    with pytest.raises(UserError, match="too long"):
+        next_batches(none, 0)
+
+
+HOSTILE = "</pre></script><img src=x onerror=alert(1)>\u202eabc"
+
+
+def test_a_report_of_hostile_rows_is_inert(tmp_path: Path) -> None:
+    """Data sets are not ours. Catches markup out of a row, a picture that is a link, and text that turns round."""
+    (tmp_path / "config.yaml").write_text("sft: {num_steps: 4, num_epochs: 0}\n")
+    write(tmp_path / "metrics.jsonl", [{"step": 0, "nll": 2.0, "validation_nll": None}, {"step": 1, "nll": 1.5}])
+    spans = [{"text": HOSTILE, "learned": True}, {"text": "not this", "learned": "yes"}, 7]
+    images = ['x" onerror="alert(1)', "https://example.com/a.png", "UklGRg==", "A" * 300_000]
+    row = {"id": HOSTILE, "prompt_text": HOSTILE, "images": images, "spans": spans, "num_tokens": "many"}
+    write(tmp_path / "samples.jsonl", [row, {"id": "bare"}, {"spans": "none"}])
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"id": "torn')
+    page = write_report(tmp_path).read_text()
+    assert "<img src=x" not in page and 'onerror="' not in page and "example.com" not in page and "\u202e" not in page
+    assert page.count("data:image/") == page.count("data:image/webp;base64,UklGRg==") == 1
+    assert "<mark>&lt;/pre&gt;&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;[U+202E]abc</mark>not this</pre>" in page
+    assert "2 of 4 steps" in page and "Training" in page and "Validation" not in page
+    assert page.count('class="card learned"') == 3
+
+
+def test_presets_load() -> None:
+    """The two published sets of values differ, and each is where it belongs; catches a key that has been renamed."""
+    paper, released = (
+        load_config(REPOSITORY / "configs" / f"openvlthinker_sft_{name}.yaml", []) for name in ("paper", "released")
+    )
+    assert (paper.optimizer.learning_rate, paper.optimizer.warmup_fraction, paper.sft.batch_size) == (5e-7, 0.1, 32)
+    assert (released.optimizer.learning_rate, released.optimizer.warmup_fraction) == (5e-6, 0.15)
+    assert released.sft.batch_size == 64 and released.model.freeze == ("vision", "merger") and not paper.model.freeze
+    for config in (paper, released):
+        assert (config.optimizer.schedule, config.sft.num_epochs, config.data.max_pixels) == ("cosine", 1, 262144)
+
+
+# The line above a row says what it is there for.
+PARITY_ROWS: list[Row] = [
+    # text alone, short
+    {"messages": talk(1, False)["messages"]},
+    # a picture, a longer answer
+    {"messages": [talk(2, True)["messages"][0], {"role": "assistant", "content": "It shows " + "1 2 3 4 " * 4}]},
+    # two pictures between text, a system message, and a second turn
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "<image>and <image> are?"},
+            {"role": "assistant", "content": "7"},
+            {"role": "user", "content": "sure?"},
+            {"role": "assistant", "content": "yes, 7"},
+        ]
+    },
+]
+NUM_PARITY_STEPS = 3
+RATE = 1e-3
+
+
+def test_three_steps_are_transformers_own(tmp_path: Path) -> None:
+    """AdamW on the completion-only loss of rows of unequal lengths, with and without images, against torch in float32.
+
+    The rows' ids and labels come from transformers' chat template, the loss is the one of its forward pass. Catches a
+    mean over rows, a label that is off by one, weight decay on the wrong side of Adam, and clipping after it.
+    """
+    torch: Any = pytest.importorskip("torch", reason="torch is not installed (pip install 'rethinker_jax[parity]')")
+    import reference_torch
+
+    build_model_directory(tmp_path)
+    raw = make_config("untied", json.loads((tmp_path / "config.json").read_text()))
+    load(raw, tmp_path)
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    rows = [
+        row | {"images": names} for row, names in zip(PARITY_ROWS, ([], ["0.png"], ["1.png", "2.png"]), strict=True)
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    config = Config(
+        run=RunConfig(dir=str(tmp_path / "run")),
+        model=ModelConfig(path=str(tmp_path)),
+        optimizer=OptimizerConfig(learning_rate=RATE, schedule="constant", warmup_steps=0, weight_decay=0.1),
+        sft=SftConfig(data=str(tmp_path / "rows.jsonl"), batch_size=3, max_completion_tokens=64),
+    )
+    system, split = load_system(config), open_split(config, lambda bad: None)
+    encoder = RowEncoder(system.builder, 64)
+    setup = Setup(config, "parity", RunDirectory(tmp_path / "run", "sft"), system, encoder, split, NUM_PARITY_STEPS)
+    learned = [split.train.read(number) for number in range(3)]
+    batches = pack(setup, [encoder.encode(row).row for row in learned])
+
+    theirs = reference_torch.make_model(raw)
+    inputs = torch_inputs(torch, tmp_path, raw, encoder, learned)
+    start = {reference_torch.hub_name(name): one.detach().numpy().copy() for name, one in theirs.named_parameters()}
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    updater = make_updater(config, system, NUM_PARITY_STEPS, SFT_LOSS)
+    state = updater.init(system.params)
+    for step in range(NUM_PARITY_STEPS):
+        optimizer.zero_grad()
+        theirs.model.rope_deltas = None
+        loss = theirs(**inputs, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        state, metrics = updater.step(state, batches)
+        assert math.isclose(float(metrics["nll"]), loss.item(), rel_tol=1e-5), step
+        assert math.isclose(float(metrics["gradient_norm"]), norm.item(), rel_tol=1e-4), step
+        if step == 0:
+            gradients = {reference_torch.hub_name(n): p.grad.numpy().copy() for n, p in theirs.named_parameters()}
+            wanted = {reference_torch.hub_name(n): p.detach().numpy().copy() for n, p in theirs.named_parameters()}
+            ours = {name: np.array(value) for name, value in hf_tensors(system.model.config, state.params, np.float32)}
+            compare_first_step(start, gradients, wanted, ours)
+
+
+def compare_first_step(
+    start: dict[str, np.ndarray], gradients: dict[str, np.ndarray], wanted: dict[str, np.ndarray], ours: dict[str, Any]
+) -> None:
+    """Adam's first step is rate · g / (|g| + 1e-8): a sign, however small g is.
+
+    Where g is lost in the rounding of its tensor (below 1e-4 of the largest), the sign is chance, and only the size of
+    the step is held; elsewhere, the step itself to 1/500 of the rate. What is left there is float32's rounding of the
+    weights (6e-8 of up to 3, over a rate of 1e-3) and the 1e-8, measured together: 1/2000.
+    """
+    assert ours.keys() == wanted.keys()
+    num_clear, num_all = 0, 0
+    for name, gradient in gradients.items():
+        difference = np.abs(ours[name] - wanted[name])
+        clear = np.abs(gradient) > 1e-4 * np.abs(gradient).max()
+        num_clear, num_all = num_clear + int(clear.sum()), num_all + int((gradient != 0).sum())
+        assert difference[clear].max(initial=0.0) <= 0.002 * RATE, name
+        assert difference.max() <= 2.01 * RATE, name
+        assert (np.abs(wanted[name] - start[name])[clear] > 0.5 * RATE).mean() > 0.5 if clear.any() else True, name
+    assert num_clear > 0.9 * num_all
+
+
+def torch_inputs(torch: Any, directory: Path, raw: Row, encoder: RowEncoder, rows: Sequence[SftRow]) -> Row:
+    """Arguments of transformers' forward: ids by its chat template, labels of the assistants' texts and ends alone."""
+    import reference_torch
+    from reference_cases import Row as Reference
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    references, labels = [], []
+    for row, given in zip(rows, PARITY_ROWS, strict=True):
+        images = encoder.prompt(row).images
+        counts = iter([patches.grid[1] * patches.grid[2] // 4 for patches in images])
+        ids, wanted = [], []
+        messages = [one | {"content": as_parts(one["content"])} for one in given["messages"]]
+        for place, message in enumerate(messages):
+            # What each message adds to the text; the assistant's line before its text is not learned.
+            before = tokenizer.apply_chat_template(messages[:place], tokenize=False) if place else ""
+            begun = len(before)
+            if message["role"] == "assistant":
+                begun = len(tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True))
+            text = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+            for piece, is_learned in (
+                (text[len(before) : begun], False),
+                (text[begun:], message["role"] == "assistant"),
+            ):
+                for part in piece.replace("<|image_pad|>", "@<|image_pad|>@").split("@"):
+                    part = "<|image_pad|>" * next(counts) if part == "<|image_pad|>" else part
+                    more = tokenizer(part, add_special_tokens=False)["input_ids"]
+                    ids += more
+                    wanted += more if is_learned else [-100] * len(more)
+            if message["role"] == "assistant":  # the template's line break behind the end token
+                wanted[-1] = -100
+        references.append(Reference(np.array(ids), images))
+        labels.append(wanted)
+    inputs = reference_torch.make_inputs(references, raw)
+    seq = inputs["input_ids"].shape[1]
+    padded = [wanted + [-100] * (seq - len(wanted)) for wanted in labels]
+    return inputs | {"labels": torch.tensor(padded)}
+
+
+def as_parts(content: str) -> list[Row]:
+    """A text with image tags as parts, as transformers' template wants them."""
+    pieces = content.split("<image>")
+    parts: list[Row] = [{"type": "text", "text": pieces[0]}]
+    for piece in pieces[1:]:
+        parts += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [part for part in parts if part.get("text") != ""]
