@@ -44,9 +44,18 @@ def _pipeline(request: Request) -> None:
         raise UserError("pipeline: wanted the YAML file of a recipe, as in pipeline configs/NAME.yaml")
     if not path.is_file():
         raise UserError(f"pipeline: {path}: no such file")
-    from rethinker_jax.pipeline import run_pipeline
+    from rethinker_jax.pipeline import dry_run, run_pipeline
 
-    run_pipeline(path, list(request.overrides), request.mesh)
+    if request.options.dry_run:
+        dry_run(path, request.overrides, request.mesh)
+    else:
+        run_pipeline(path, request.overrides, request.mesh)
+
+
+def _pipeline_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="checks every stage, prints what it will cost, runs none"
+    )
 
 
 def _prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +157,20 @@ def _select(request: Request) -> None:
     select(SelectOptions(options.input, options.data, options.output, options.mode or config.select.mode), config)
 
 
+def _distill_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="ROWS", help="rows: parquet, JSON lines, a hub id, or example:SPLIT")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="JSON lines; replies are kept beside it")
+
+
+def _distill(request: Request) -> None:
+    options, config = request.options, request.config(load_defaults)
+    if options.data is None or options.output is None:
+        raise UserError("distill: wanted --data ROWS and --output FILE.jsonl")
+    from rethinker_jax.distill.command import DistillOptions, distill
+
+    distill(DistillOptions(options.data, options.output), config)
+
+
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, help="the directory to write")
 
@@ -203,7 +226,9 @@ COMMANDS: dict[str, Command] = {
         "Writes config.yaml, metrics.jsonl, rollouts/, checkpoints/, tensorboard/, summary.json and report.html to\n"
         "run.dir, and goes on from the last checkpoint that it finds there.",
         _train,
-        sections=tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select")),
+        sections=tuple(
+            field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select", "distill")
+        ),
     ),
     "sft": Command(
         "supervised fine-tuning on completions",
@@ -214,10 +239,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "pipeline": Command(
         "a recipe of several stages, resumable per stage",
-        "CONFIG.yaml [--mesh [SPEC]] [section.key=value ...]",
-        "Runs the stages of a recipe one after the other; a stage that is done is not run again. manifest.json in the\n"
-        "run directory says what each started from and what it left. Overrides hold for every stage.",
+        "CONFIG.yaml [--dry-run] [--mesh [SPEC]] [model=DIR] [sources.NAME=PATH] [section.key=value ...]",
+        "Runs the stages of a recipe one after the other: distill, sample, select, sft, rl, evaluate. A stage that is\n"
+        "done is not run again unless what it depends on changed. manifest.json in the run directory says what each\n"
+        "started from, read and left. Overrides hold for every stage, stages.NAME.section.key=value for one.\n"
+        "model=DIR is the base, run.dir=DIR the pipeline's directory; sources.NAME=PATH, stages.NAME.data=PATH are data.",
         _pipeline,
+        _pipeline_options,
     ),
     "sample": Command(
         "completions of a model, as JSON lines",
@@ -258,6 +286,17 @@ COMMANDS: dict[str, Command] = {
         _select_options,
         ("run", "data", "verifier", "select"),
         takes_mesh=False,
+    ),
+    "distill": Command(
+        "reasoning traces: a model describes the images, a text model reasons; by servers or our sampler",
+        "--data ROWS --output FILE.jsonl [CONFIG.yaml] [--mesh [SPEC]] distill.reason.model=M [section.key=value ...]",
+        "Writes {id, sample, completion, finish_reason, caption}, distill.reason.n lines a row, for `verify --data`\n"
+        "and `select --mode traces`. A model is a directory, or with distill.*.url one of an OpenAI-style server.\n"
+        "FILE.captions.jsonl and FILE.replies.jsonl keep every reply: the same command asks only for what is missing.\n"
+        "FILE.jsonl.report.json says what failed. docs/distill.md has the prompts and the form of the traces.",
+        _distill,
+        _distill_options,
+        ("run", "model", "mesh", "data", "sampling", "distill"),
     ),
     "evaluate": Command(
         "a model over a benchmark: accuracy with its interval, pass@k, and all generations",

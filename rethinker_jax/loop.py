@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,14 +29,11 @@ from rethinker_jax.experience import (
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
-from rethinker_jax.prompts.build import BadPrompt
-from rethinker_jax.prompts.dataset import read_problems
-from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
-from rethinker_jax.rewards.terms import check_row
 from rethinker_jax.rollout import Group, roll_out
-from rethinker_jax.run_directory import RunDirectory, hash_of, versions
+from rethinker_jax.run_data import Order, Splits, data_order, load_splits, next_prompts, usable_prompts
+from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.step_metrics import (
     UpdateWork,
     batch_metrics,
@@ -53,7 +49,6 @@ from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.training.losses import next_kl_coefficient
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
-from rethinker_jax.verify.judge import check_gold
 from rethinker_jax.verify.pool import VerifierPool
 
 SHOWN = ("reward", "accuracy", "effective_share", "tokens_per_second")
@@ -73,17 +68,6 @@ class Progress:
     @property
     def spent(self) -> dict[str, float]:
         return {"wall_s": time.monotonic() - self.started[0], "cpu_s": time.process_time() - self.started[1]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    train: tuple[Problem, ...]
-    test: tuple[Problem, ...]
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Of the rows that are trained on: what they are called, ask and want, in their order."""
-        return hash_of((problem.id, problem.question, problem.answer) for problem in self.train)
 
 
 def train(config: Config, name: str) -> Path:
@@ -127,7 +111,7 @@ def run_steps(
 ) -> None:
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
     test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
-    order = DataOrder(len(splits.train), config.run.seed, config.data.shuffle)
+    order = data_order(config, splits.train)
     with RunProgress(config.run.num_steps, progress.step, title=name) as shown:
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
@@ -181,7 +165,7 @@ def train_step(
     system: System,
     updater: Updater,
     problems: Sequence[Problem],
-    order: DataOrder,
+    order: Order,
     scorer: Scorer,
     progress: Progress,
     run: RunDirectory,
@@ -283,33 +267,6 @@ def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], nu
         )
 
 
-def next_prompts(
-    config: Config, system: System, problems: Sequence[Problem], order: DataOrder, step: int, run: RunDirectory
-) -> list[tuple[int, Prompt]]:
-    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once.
-
-    Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to `run.max_bad_rows`.
-    """
-    count = config.rollout.prompts_per_step
-    rows = dict.fromkeys(order[step * count + place] for place in range(count))
-    prompts = usable_prompts(config, system, [(row, problems[row]) for row in rows], step, run)
-    if not prompts:
-        raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
-    return prompts
-
-
-def usable_prompts(
-    config: Config, system: System, rows: Sequence[tuple[int, Problem]], step: int, run: RunDirectory
-) -> list[tuple[int, Prompt]]:
-    prompts = []
-    for row, problem in rows:
-        try:
-            prompts.append((row, system.builder.build(problem)))
-        except BadPrompt as error:
-            run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
-    return prompts
-
-
 def refuse_bad_updates(config: Config, progress: Progress) -> None:
     skipped = int(jax.device_get(progress.state.num_skipped))
     if skipped > config.training.max_skipped_updates:
@@ -324,37 +281,6 @@ def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     meta["kl_coefficient"] = progress.kl_coefficient
     store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer), meta))
-
-
-def load_splits(config: Config, run: RunDirectory) -> Splits:
-    """The rows to train on and to evaluate on. Raises UserError where a step would ask for more rows than there are."""
-    train = load_problems(config, config.data.train, run)
-    wanted = config.rollout.prompts_per_step
-    if config.run.num_steps and len(train) < wanted:
-        raise UserError(
-            f"{config.data.train}: wanted at least rollout.prompts_per_step={wanted} usable rows, found {len(train)}. "
-            "Lower it (and training.batch_size with it), or add rows."
-        )
-    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
-    return Splits(train, load_problems(config, config.data.test, run)[:count] if count else ())
-
-
-def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:
-    """Rows that can be used; the others, also those whose answer nothing could be judged by, are listed in `run`."""
-    limit = config.run.max_bad_rows
-    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit)
-    for row in found.bad_rows:
-        run.note_bad_row(-1, row.where, row.kind, row.why, limit)
-    good = []
-    for problem in found.problems:
-        trouble = check_gold(problem.answer, problem.choices, problem.type) or check_row(problem, config.reward)
-        if trouble:
-            run.note_bad_row(-1, problem.id, "bad_gold", f"{trouble}: {problem.answer!r:.80}", limit)
-        else:
-            good.append(problem)
-    if not good:
-        raise UserError(f"{source}: wanted at least one usable row, found none; see {run.path / 'bad_rows.jsonl'}.")
-    return tuple(good)
 
 
 def summarize(

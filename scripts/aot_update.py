@@ -3,7 +3,7 @@
     python scripts/aot_update.py --model DIR [--topology v5p:2x2x1] [--mesh fsdp=4] [--groups 4] [--set key=value ...]
 
 DIR needs no weights: config.json is enough. Needs libtpu (`pip install "libtpu==0.0.42.*"`), and no TPU. A batch has
-`--groups` groups of `--samples` completions of `--completion-tokens`, behind a prompt with an image of `--pixels` a side.
+`--groups` groups of `--samples` completions of `--completion-tokens`; a prompt has one image of `--pixels` a side.
 Prints one JSON line, GiB per device: peak (arguments included), arguments, temporaries. It is the compiler's claim.
 """
 

@@ -72,13 +72,14 @@ from rethinker_jax.config import (
 )
 from rethinker_jax.config_file import load_config, save_config
 from rethinker_jax.errors import UserError
-from rethinker_jax.loop import Progress, Splits, begin, train_step
+from rethinker_jax.loop import Progress, begin, train_step
 from rethinker_jax.models.qwen25vl import init_params
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weights import save_params
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.rewards.scorer import Pending, Response, Scorer
+from rethinker_jax.run_data import Splits
 from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.sampling.sampler import Sampler
 from rethinker_jax.system import System, load_system

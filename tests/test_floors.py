@@ -20,6 +20,7 @@ FLOORS = (
         "evaluate",
         "evaluation",
         "step_metrics",
+        "run_data",
         "run_directory",
         "sft",
         "sample",

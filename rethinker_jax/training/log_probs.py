@@ -18,7 +18,7 @@ CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once on a shard
 
 
 def completion_log_probs(
-    model: Model, params: Params, batch: TrainBatch
+    model: Model, params: Params, batch: TrainBatch, with_entropy_gradient: bool = True
 ) -> tuple[Float[Array, "rows length"], Float[Array, "rows length"]]:
     """Log-probs of the batch's completions and entropies of their distributions, float32; 0 behind a completion's end.
 
@@ -27,7 +27,7 @@ def completion_log_probs(
     table = None if batch.vision is None else model.encode_images(params, batch.vision)
     hidden = packed_hidden(model, params, batch.text, table)
     states = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
-    found = token_log_probs(model, params, states, batch.target_ids)
+    found = token_log_probs(model, params, states, batch.target_ids, with_entropy_gradient)
     log_probs, entropy = (jnp.where(batch.completion_mask, x.reshape(-1)[batch.token_index], 0.0) for x in found)
     return log_probs, entropy
 
@@ -88,12 +88,16 @@ take_tokens.defvjp(_take_forward, _take_backward)
 
 
 def token_log_probs(
-    model: Model, params: Params, hidden: Float[Array, "shards tokens d_model"], targets: Int[Array, "shards tokens"]
+    model: Model,
+    params: Params,
+    hidden: Float[Array, "shards tokens d_model"],
+    targets: Int[Array, "shards tokens"],
+    with_entropy_gradient: bool = True,
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
     `hidden[s, t]` is the state that predicts `targets[s, t]`. Chunks of tokens are recomputed in the backward pass, and
-    each shard works on its own part of every chunk.
+    each shard works on its own part of every chunk. Without its gradient the entropy costs nothing there.
     """
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
@@ -104,9 +108,11 @@ def token_log_probs(
 
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(params, inputs[0])
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return jnp.take_along_axis(log_probs, inputs[1][..., None], axis=-1)[..., 0], entropy
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        drawn = jnp.take_along_axis(logits, inputs[1][..., None], axis=-1)[..., 0]
+        scores, total = (logits, log_z) if with_entropy_gradient else jax.lax.stop_gradient((logits, log_z))
+        below = scores - total[..., None]
+        return drawn - log_z, -jnp.sum(jnp.exp(below) * below, axis=-1)
 
     chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
     found = jax.lax.map(jax.checkpoint(one_chunk), chunks)

@@ -153,7 +153,8 @@ def _copy_of(params: Params, dtype: Any) -> Params:
 
 
 def _row_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
-    return completion_log_probs(rule.model, adapt_params(params, rule.dtype), batch)
+    learns_entropy = rule.loss.entropy_coefficient != 0
+    return completion_log_probs(rule.model, adapt_params(params, rule.dtype), batch, learns_entropy)
 
 
 @functools.partial(jax.jit, static_argnums=0)

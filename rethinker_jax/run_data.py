@@ -1,0 +1,106 @@
+"""The rows of a run: read, checked, ordered, and made into prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from rethinker_jax.config import Config
+from rethinker_jax.curation.curriculum import CurriculumOrder, easiness_of
+from rethinker_jax.errors import UserError
+from rethinker_jax.prompts.build import BadPrompt
+from rethinker_jax.prompts.dataset import read_problems
+from rethinker_jax.prompts.order import DataOrder
+from rethinker_jax.rewards.terms import check_row
+from rethinker_jax.run_directory import RunDirectory, hash_of
+from rethinker_jax.system import System
+from rethinker_jax.types import Problem, Prompt
+from rethinker_jax.verify.judge import check_gold
+
+Order = DataOrder | CurriculumOrder
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    train: tuple[Problem, ...]
+    test: tuple[Problem, ...]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the rows that are trained on: what they are called, ask and want, in their order."""
+        return hash_of((problem.id, problem.question, problem.answer) for problem in self.train)
+
+
+def load_splits(config: Config, run: RunDirectory) -> Splits:
+    """The rows to train on and to evaluate on. Raises UserError where a step would ask for more rows than there are."""
+    train = load_problems(config, config.data.train, run)
+    wanted = config.rollout.prompts_per_step
+    if config.run.num_steps and len(train) < wanted:
+        raise UserError(
+            f"{config.data.train}: wanted at least rollout.prompts_per_step={wanted} usable rows, found {len(train)}. "
+            "Lower it (and training.batch_size with it), or add rows."
+        )
+    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
+    return Splits(train, load_problems(config, config.data.test, run)[:count] if count else ())
+
+
+def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:
+    """Rows that can be used; the others, also those whose answer nothing could be judged by, are listed in `run`."""
+    limit = config.run.max_bad_rows
+    found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit)
+    for row in found.bad_rows:
+        run.note_bad_row(-1, row.where, row.kind, row.why, limit)
+    good = []
+    for problem in found.problems:
+        trouble = check_gold(problem.answer, problem.choices, problem.type) or check_row(problem, config.reward)
+        if trouble:
+            run.note_bad_row(-1, problem.id, "bad_gold", f"{trouble}: {problem.answer!r:.80}", limit)
+        else:
+            good.append(problem)
+    if not good:
+        raise UserError(f"{source}: wanted at least one usable row, found none; see {run.path / 'bad_rows.jsonl'}.")
+    return tuple(good)
+
+
+def data_order(config: Config, problems: Sequence[Problem]) -> Order:
+    """The order in which rows are met. Raises UserError for a curriculum over a column that holds something else."""
+    data = config.data
+    if data.curriculum == "none":
+        return DataOrder(len(problems), config.run.seed, data.shuffle)
+    easiness = []
+    for problem in problems:
+        try:
+            easiness.append(easiness_of(problem.row.get(data.curriculum_column)))
+        except ValueError as error:
+            raise UserError(
+                f"{data.train}: row {problem.id!r}: data.curriculum {data.curriculum} goes by the column "
+                f"{data.curriculum_column!r}: {error}. Make it with `select`, or name another with "
+                "data.curriculum_column."
+            ) from error
+    return CurriculumOrder(easiness, data.curriculum_stages, config.run.seed)
+
+
+def next_prompts(
+    config: Config, system: System, problems: Sequence[Problem], order: Order, step: int, run: RunDirectory
+) -> list[tuple[int, Prompt]]:
+    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once.
+
+    Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to `run.max_bad_rows`.
+    """
+    count = config.rollout.prompts_per_step
+    rows = dict.fromkeys(order[step * count + place] for place in range(count))
+    prompts = usable_prompts(config, system, [(row, problems[row]) for row in rows], step, run)
+    if not prompts:
+        raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
+    return prompts
+
+
+def usable_prompts(
+    config: Config, system: System, rows: Sequence[tuple[int, Problem]], step: int, run: RunDirectory
+) -> list[tuple[int, Prompt]]:
+    prompts = []
+    for row, problem in rows:
+        try:
+            prompts.append((row, system.builder.build(problem)))
+        except BadPrompt as error:
+            run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
+    return prompts
