@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rethinker_jax.config import REWARD_TERMS, Config, LossConfig, MeshConfig, ReplayConfig, RewardConfig
+from rethinker_jax.config import Config, LossConfig, MeshConfig, ReplayConfig
 from rethinker_jax.config_keys import nearest
+from rethinker_jax.config_rewards import REWARD_TERMS, RewardConfig
 
 MOST_B2_IN_BFLOAT16 = 0.99
 USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")

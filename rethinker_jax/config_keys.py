@@ -9,7 +9,7 @@ import tokenize
 import typing
 from collections.abc import Iterable, Mapping
 
-from rethinker_jax import config as config_module
+from rethinker_jax import config, config_curation, config_rewards
 from rethinker_jax.config import Config
 
 
@@ -88,10 +88,7 @@ def nearest_key(section: str, key: str) -> str:
 
 def describe_config(sections: Iterable[str] = SECTIONS) -> list[ConfigKey]:
     """Every key of the named sections, in the order of the source."""
-    source = inspect.getsource(config_module)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    classes, comments = _read_sources()
     default = Config()
     found = []
     for section in sections:
@@ -105,9 +102,23 @@ def describe_config(sections: Iterable[str] = SECTIONS) -> list[ConfigKey]:
             if kind in classes:  # a section inside the section
                 pending = [(f"{prefix}.{key}", values[key], inner) for inner in classes[kind].body] + pending
             else:
-                comment = comments.get(node.end_lineno or node.lineno, "")
+                comment = comments.get(id(node), "")
                 found.append(ConfigKey(f"{prefix}.{key}", kind, values[key], comment))
     return found
+
+
+def _read_sources() -> tuple[dict[str, ast.ClassDef], dict[int, str]]:
+    """(classes by name, the comment behind each of their statements by its identity) of the files that hold keys."""
+    classes: dict[str, ast.ClassDef] = {}
+    comments: dict[int, str] = {}
+    for module in (config, config_curation, config_rewards):
+        source = inspect.getsource(module)
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+        found = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+        classes |= {node.name: node for node in found}
+        comments |= {id(one): of_line.get(one.end_lineno or one.lineno, "") for node in found for one in node.body}
+    return classes, comments
 
 
 def listing(sections: Iterable[str] = SECTIONS) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rethinker_jax.config import ConsistencyConfig
+from rethinker_jax.config_rewards import ConsistencyConfig
 from rethinker_jax.types import Rollout
 
 MIN_ACCURACY = 0.1

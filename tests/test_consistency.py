@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rethinker_jax.config import ConsistencyConfig
+from rethinker_jax.config_rewards import ConsistencyConfig
 from rethinker_jax.consistency import answer_mask, bonuses, consistent, likelihood
 from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Problem, Prompt, Rollout, Verdict
 

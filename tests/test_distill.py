@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from rethinker_jax.chat_server import MAX_RETRY_AFTER_S, ChatFailure, _retry_after
-from rethinker_jax.config import CAPTION_PROMPT, ReasonConfig
+from rethinker_jax.config_curation import CAPTION_PROMPT, ReasonConfig
 from rethinker_jax.distill.asks import Ask
 from rethinker_jax.distill.replies import MAX_REPLY_CHARS, Reply, ReplyFile, key_of, read_choice
 from rethinker_jax.distill.served import _keep_what_came, data_url

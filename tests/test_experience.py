@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rethinker_jax.config import Config, ConsistencyConfig, DataConfig, ModelConfig, OptimizerConfig, RewardConfig
+from rethinker_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from rethinker_jax.config_rewards import ConsistencyConfig, RewardConfig
 from rethinker_jax.example.tasks import make_task
 from rethinker_jax.experience import with_consistency
 from rethinker_jax.rollout import Group

@@ -8,6 +8,7 @@ import rethinker_jax
 ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
     {"__init__", "types", "config", "errors", "options", "output_files"}
+    | {"config_curation", "config_numbers", "config_rewards"}
     | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping", "request", "json_lines"},
     {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
     | {"chat_server", "console", "curation", "metrics"},

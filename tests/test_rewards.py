@@ -10,7 +10,7 @@ from hypothesis import given as for_all
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rethinker_jax.config import (
+from rethinker_jax.config_rewards import (
     REWARD_TERMS,
     BoxesConfig,
     CitationConfig,

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from rethinker_jax.config import Config, RewardConfig
+from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config, load_defaults, save_config
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.main import _OVERRIDE
 

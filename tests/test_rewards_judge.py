@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rethinker_jax.config import JUDGE_PROMPT, JudgeConfig
+from rethinker_jax.config_rewards import JUDGE_PROMPT, JudgeConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards.judge_model import JudgeFailure, JudgeModel, fill_prompt, gather, read_value
 from rethinker_jax.types import Problem

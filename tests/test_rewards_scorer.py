@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from test_rewards_judge import Server
 
-from rethinker_jax.config import Config, RethinkConfig, RewardConfig, SamplingConfig, VerifierConfig
+from rethinker_jax.config import Config, RethinkConfig, SamplingConfig, VerifierConfig
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards.scorer import Scorer, with_room
 from rethinker_jax.step_metrics import reward_metrics

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rethinker_jax.chat_server import check_url
-from rethinker_jax.config import CaptionConfig, DistillConfig, ReasonConfig
+from rethinker_jax.config_curation import CaptionConfig, DistillConfig, ReasonConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.prompts.template import IMAGE_TAG
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rethinker_jax.config import Config, DistillConfig, ReasonConfig
+from rethinker_jax.config import Config
+from rethinker_jax.config_curation import DistillConfig, ReasonConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.curation.report import report_path
 from rethinker_jax.distill.asks import Ask, Failures, Role, body_of, check_role, section_of, served_identity

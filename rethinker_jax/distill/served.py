@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rethinker_jax.chat_server import ChatFailure, ChatPool, ChatServer, read_key
-from rethinker_jax.config import DistillConfig
+from rethinker_jax.config_curation import DistillConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.curation.records import draw
 from rethinker_jax.distill.asks import Ask, Failures, Role, body_of, section_of

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from rethinker_jax.config import ReasonConfig
+from rethinker_jax.config_curation import ReasonConfig
 from rethinker_jax.distill.replies import Reply, whole_text
 from rethinker_jax.prompts.template import IMAGE_TAG
 from rethinker_jax.verify.extract import BOXED, BOXED_LIST, extract

@@ -45,7 +45,7 @@ class Problems:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """One file of a source. `rows` holds a BadRow where a row could not be read; `folder` is where its paths start."""
 
     name: str
@@ -81,7 +81,7 @@ def read_problems(
     bad_rows: list[BadRow] = []
     where_of: dict[str, str] = {}
     required = REQUIRED if answers else ("question",)
-    for part in _parts(source):
+    for part in parts_of(source):
         folder = Path(image_root).expanduser() if image_root else part.folder
         root = os.path.realpath(folder) if folder is not None else None
         for problem, where in _part_problems(part, columns or {}, root, bad_rows, required):
@@ -101,7 +101,7 @@ def read_problems(
 
 
 def _part_problems(
-    part: _Part, columns: Mapping[str, str], root: str | None, bad_rows: list[BadRow], required: Sequence[str]
+    part: Part, columns: Mapping[str, str], root: str | None, bad_rows: list[BadRow], required: Sequence[str]
 ) -> Iterator[tuple[Problem, str]]:
     """(problem, where) of each usable row; the others are added to `bad_rows`."""
     if all(isinstance(row, BadRow) for row in part.rows):  # no row has columns that could be matched
@@ -131,7 +131,7 @@ def _describe(found: Problems) -> str:
     return f"{len(found.bad_rows)} of {len(found.bad_rows) + len(found)} rows cannot be used: {listed}"
 
 
-def _parts(source: str) -> Iterator[_Part]:
+def parts_of(source: str) -> Iterator[Part]:
     """The files of a source, in the order of their names. Raises UserError."""
     path = Path(source).expanduser()
     if source.startswith("example:"):
@@ -178,7 +178,7 @@ def _parquet_files(folder: Path) -> list[Path]:
     return files
 
 
-def _parquet_part(path: Path) -> _Part:
+def _parquet_part(path: Path) -> Part:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -188,10 +188,10 @@ def _parquet_part(path: Path) -> _Part:
             rows = [row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path} as parquet: {error}") from error
-    return _Part(path.name, columns, rows, path.parent)
+    return Part(path.name, columns, rows, path.parent)
 
 
-def _json_lines_part(path: Path) -> _Part:
+def _json_lines_part(path: Path) -> Part:
     """Blank lines are skipped but counted, so that row numbers are line numbers from 0."""
     rows: list[dict[str, Any] | BadRow] = []
     columns: dict[str, None] = {}
@@ -210,10 +210,10 @@ def _json_lines_part(path: Path) -> _Part:
             rows.append(row)
     while rows and isinstance(rows[-1], BadRow) and rows[-1].why == "an empty line":
         rows.pop()
-    return _Part(path.name, list(columns), rows, path.parent)
+    return Part(path.name, list(columns), rows, path.parent)
 
 
-def _hub_part(source: str) -> _Part:
+def _hub_part(source: str) -> Part:
     """A split of a dataset on the Hugging Face hub, through its local cache. Raises UserError when it cannot be had."""
     name, _, split = source.partition(":")
     try:
@@ -233,7 +233,7 @@ def _hub_part(source: str) -> _Part:
     return _hub_rows(source, table)
 
 
-def _hub_rows(source: str, table: Any) -> _Part:
+def _hub_rows(source: str, table: Any) -> Part:
     """Rows of a `datasets.Dataset`. As arrow, images come as the {bytes, path} they are stored as, not decoded."""
     rows = [row for batch in table.with_format("arrow").iter(batch_size=1024) for row in batch.to_pylist()]
-    return _Part(source.replace("/", "-").replace(":", "-"), list(table.column_names), rows, None)
+    return Part(source.replace("/", "-").replace(":", "-"), list(table.column_names), rows, None)

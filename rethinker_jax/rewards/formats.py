@@ -6,7 +6,7 @@ patterns also accept (empty elements, several answers) is pay for nothing.
 
 from collections.abc import Callable, Mapping
 
-from rethinker_jax.config import FormatForm
+from rethinker_jax.config_rewards import FormatForm
 from rethinker_jax.rewards.inputs import RewardInput
 from rethinker_jax.verify.boxes import parse_boxes
 from rethinker_jax.verify.extract import ANSWER_TAG, extract

@@ -8,7 +8,7 @@ does not matter in whose pixels it is computed, but both boxes must be in the sa
 import json
 from collections.abc import Mapping, Sequence
 
-from rethinker_jax.config import RewardConfig
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards.inputs import ImageSize, RewardInput, gold_text
 from rethinker_jax.types import Problem

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from rethinker_jax.config import RewardConfig
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.types import Completion, Problem, Prompt, Verdict
 from rethinker_jax.verify.extract import extract
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rethinker_jax.chat_server import ChatFailure, ChatPool, ChatServer, read_key
-from rethinker_jax.config import JudgeConfig
+from rethinker_jax.config_rewards import JudgeConfig
 from rethinker_jax.types import Problem
 
 CACHE_SIZE = 100_000

@@ -4,8 +4,9 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from rethinker_jax.config import Config, RewardConfig
+from rethinker_jax.config import Config
 from rethinker_jax.config_check import USER_TERM
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.rewards.grounding import answer_as_seen
 from rethinker_jax.rewards.inputs import TermValue, image_sizes, reward_input, terms_of
 from rethinker_jax.rewards.judge_model import JudgeModel, JudgeValue, gather

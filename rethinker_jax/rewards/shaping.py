@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 
-from rethinker_jax.config import Script
+from rethinker_jax.config_rewards import Script
 from rethinker_jax.rewards.inputs import RewardInput
 
 MAX_CHARS = 200_000  # of a text that is looked at; of a longer one the two ends

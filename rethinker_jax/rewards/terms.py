@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from rethinker_jax.config import RewardConfig
+from rethinker_jax.config_rewards import RewardConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards import answers, formats, grounding, shaping
 from rethinker_jax.rewards.inputs import UNINFORMATIVE, Term, TermValue, terms_of

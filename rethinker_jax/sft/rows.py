@@ -13,7 +13,7 @@ from rethinker_jax.config import Config
 from rethinker_jax.errors import UserError
 from rethinker_jax.example.dataset import SFT_SEED, Stage, sft_examples
 from rethinker_jax.output_files import hash_of
-from rethinker_jax.prompts.dataset import BadRow, _Part, _parts
+from rethinker_jax.prompts.dataset import BadRow, Part, parts_of
 from rethinker_jax.prompts.rows import BadField
 from rethinker_jax.sft.conversation import SftRow, Turn
 from rethinker_jax.sft.formats import Source, columns_of, detect_format, read_sft_row
@@ -124,7 +124,7 @@ def _rows(config: Config, source: str, note: Note) -> Iterator[SftRow]:
             yield one
 
 
-def _source(config: Config, part: _Part) -> Source:
+def _source(config: Config, part: Part) -> Source:
     folder = Path(config.data.image_root).expanduser() if config.data.image_root else part.folder
     format = detect_format(part.columns, config.sft.format, part.name)
     columns = columns_of(part.columns, format, part.name)
@@ -132,16 +132,16 @@ def _source(config: Config, part: _Part) -> Source:
     return Source(part.name, format, columns, root, config.sft.learned_turns)
 
 
-def _json_or_parts(source: str) -> Iterator[_Part]:
+def _json_or_parts(source: str) -> Iterator[Part]:
     """As `read_problems` reads them, and .json files that hold one list of rows, as LLaMA-Factory's data sets do."""
     path = Path(source).expanduser()
     if path.suffix == ".json" and path.is_file():
         yield _json_part(path)
     else:
-        yield from _parts(source)
+        yield from parts_of(source)
 
 
-def _json_part(path: Path) -> _Part:
+def _json_part(path: Path) -> Part:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -160,4 +160,4 @@ def _json_part(path: Path) -> _Part:
             rows.append(
                 BadRow(f"{path.name} row {number}", "bad_json", f"wanted an object, found {type(row).__name__}")
             )
-    return _Part(path.name, list(columns), rows, path.parent)
+    return Part(path.name, list(columns), rows, path.parent)
