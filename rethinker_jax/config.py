@@ -55,7 +55,7 @@ class ModelConfig:
     init: Literal["checkpoint", "random"] = "checkpoint"  # random = the directory's config.json, weights from run.seed
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # computation; auto = the checkpoint's
     attention: Literal["auto", "plain", "cudnn", "splash"] = "auto"  # splash: TPUs; cudnn: NVIDIA GPUs, 16 bits
-    remat: Literal["none", "full"] = "none"  # recompute decoder layers in the backward pass
+    remat: Literal["none", "dots", "full"] = "none"  # what layers recompute in the backward: dots = all but products
     freeze: tuple[Literal["vision", "merger", "decoder"], ...] = ()
     lora: LoraConfig = LoraConfig()
 
@@ -140,14 +140,15 @@ class AdvantageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """Selective Sample Replay, VL-Rethinker §3.2 and Algorithm 1; its forms are told apart in `replay.py`."""
+    """Selective Sample Replay, VL-Rethinker §3.2 and Algorithm 1; modes and forms are told apart in `replay.py`."""
 
-    mode: Literal["ssr", "filter", "none"] = "ssr"  # filter = drop zero-advantage rows; none = plain GRPO
+    mode: Literal["ssr", "filter", "dynamic", "none"] = "ssr"  # filter drops rows, dynamic groups; none = plain GRPO
     form: Literal["top_up", "bootstrap", "deque"] = "top_up"  # of ssr: top_up is Algorithm 1
     alpha: NonNegativeFloat = 1.0  # P(j) ∝ |A_j|^alpha
     capacity: Positive = 4096  # rows; the oldest leave first
     clear_every: Positive = 16  # optimizer steps between clearings ("episode" of the paper), of top_up alone
     max_age: NonNegative = 0  # optimizer steps since its rollout above which a row leaves the buffer; 0 = no limit
+    max_resamples: NonNegative = 4  # of dynamic: rollout batches more, until prompts_per_step groups have an advantage
     replacement: bool = False  # may a row come again from the buffer before all have come
     importance: Fraction = 0.0  # a row drawn from n rows weighs (1 / (n·P(j)))^importance; 1 = as if drawn uniformly
 

@@ -21,7 +21,7 @@ from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
 
 # What may differ when a run goes on: its length, what it leaves behind and what it survives, never what it computes.
-LENGTHS = frozenset({"run.num_steps", "sft.num_steps"})
+LENGTHS = frozenset({"run.num_steps", "sft.num_steps", "sft.num_epochs"})
 FREE_KEYS = LENGTHS | {
     "run.dir", "run.save_every", "run.keep_checkpoints", "run.rollouts_every", "run.compilation_cache",
     "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
@@ -30,11 +30,14 @@ FREE_KEYS = LENGTHS | {
 Kind = Literal["rl", "sft"]
 # Sections of the config that a kind of run does not read.
 UNUSED: Mapping[Kind, frozenset[str]] = {
-    "rl": frozenset({"sft"}),
+    "rl": frozenset({"sft", "select", "distill"}),
     "sft": frozenset(
-        {"sampling", "rollout", "verifier", "reward", "advantage", "replay", "rethink", "loss", "evaluation"}
+        {"sampling", "rollout", "verifier", "reward", "advantage", "replay", "rethink", "loss", "evaluation", "select"}
+        | {"distill"}
     ),
 }
+# Of those, what `sft.evaluate` reads.
+EVALUATED = frozenset({"sampling", "verifier", "reward", "rethink", "evaluation"})
 
 
 class RunDirectory:
@@ -64,10 +67,13 @@ class RunDirectory:
         if not path.is_file() or not (self.path / "checkpoints").is_dir():
             return []
         before, now = _flat(load_config(path, [])), _flat(config)
+        unused = UNUSED[self.kind]
+        if self.kind == "sft" and config.sft.evaluate:
+            unused -= EVALUATED
         return [
             f"{key} was {before[key]!r}, is {now[key]!r}"
             for key in now
-            if key not in free and key.partition(".")[0] not in UNUSED[self.kind] and before.get(key) != now[key]
+            if key not in free and key.partition(".")[0] not in unused and before.get(key) != now[key]
         ]
 
     def check_config(self, config: Config) -> None:

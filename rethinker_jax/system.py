@@ -98,7 +98,7 @@ def load_system(config: Config) -> System:
     qwen, params = _weights(config, directory, qwen, mesh)
     if config.model.lora.rank:
         params["lora"] = _adapters(config, qwen, mesh)
-    model = define_model(qwen, config.model.remat == "full", attention)
+    model = define_model(qwen, config.model.remat, attention)
     sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never, config.buckets)
     return System(directory, mesh, model, params, dtype, tokenizer, geometry, builder, sampler)
 

@@ -72,7 +72,7 @@ def compile_update(options: argparse.Namespace) -> dict[str, Any]:
     qwen = read_config(options.model)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=options.topology).devices
     mesh = make_mesh(parse_mesh(options.mesh), devices)
-    model = define_model(qwen, config.model.remat == "full", Attention("splash", mesh))
+    model = define_model(qwen, config.model.remat, Attention("splash", mesh))
     shardings = param_shardings(param_dims(qwen), param_shapes(qwen), mesh, TRAINING_RULES)
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), param_shapes(qwen), shardings

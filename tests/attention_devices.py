@@ -124,7 +124,7 @@ def run_on_a_mesh(config: QwenConfig) -> dict[str, Any]:
     drawn, alone = init_params(config, 7, shardings), init_params(config, 7)
     batch = make_batch(config)
     run = jax.jit(model_gradients, static_argnums=(0, 1))
-    splash = define_model(config, remat=True, attention=Attention("splash", mesh, interpret=True))
+    splash = define_model(config, remat="full", attention=Attention("splash", mesh, interpret=True))
     found = run(splash, jnp.float32, drawn, *jax.device_put(batch, NamedSharding(mesh, PartitionSpec())))
     wanted = run(define_model(config), jnp.float32, alone, *batch)
     specs = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, drawn, shardings)
@@ -155,7 +155,7 @@ def count_kernels(config: QwenConfig, mesh: Mesh) -> dict[str, Any]:
     shardings = param_shardings(param_dims(config), shapes, mesh, TRAINING_RULES)
     params = jax.tree.map(lambda leaf, place: on(leaf.shape, leaf.dtype, *place.spec), shapes, shardings)
     batch = jax.tree.map(lambda leaf: on(leaf.shape, leaf.dtype), make_batch(config))
-    model = define_model(config, remat=True, attention=attention)
+    model = define_model(config, remat="full", attention=attention)
     gradients = functools.partial(attention_gradients, attention)
     ids = [on((4, n), jnp.int32, *ROWS) for n in (1024, 600, 1024)]
     behind = (*arrays(1024, (28, 4, 4), 128), *arrays(600, (4, 4), 128)), Mask(True, segments=ids[0]), tuple(ids[1:])

@@ -9,13 +9,27 @@ D d_model, F d_ff, V vocab; R vision rows, W windows, P patches of a window.
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+Remat = Literal["none", "dots", "full"]
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def recomputed(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The layer, of which the backward pass recomputes what `remat` says instead of keeping it.
+
+    full: all but its input. dots: all but the results of products with weights, which are most of the time and, in an
+    MLP, most of the memory. Scores of attention are recomputed in both.
+    """
+    if remat == "none":
+        return layer
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=keep)
 
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], scale: float = 0.02) -> jax.Array:

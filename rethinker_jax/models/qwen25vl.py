@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask
 from rethinker_jax.models.attention_kernels import PLAIN, Attention
+from rethinker_jax.models.layers import Remat, recomputed
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.rope import text_angles
 from rethinker_jax.models.text import Attend, TextDecoder
@@ -49,7 +50,7 @@ class Model:
     vision: nnx.GraphDef
     layer: nnx.GraphDef
     norm: nnx.GraphDef
-    remat: bool = False
+    remat: Remat = "none"
     attention: Attention = PLAIN
 
     def __hash__(self) -> int:
@@ -88,7 +89,7 @@ class Model:
             return nnx.merge(self.layer, inputs[0])(x, angles, attend, inputs[1])
 
         if isinstance(layers, dict):
-            return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, (layers, caches))
+            return jax.lax.scan(recomputed(layer, self.remat), x, (layers, caches))
         new_caches = []
         for params, cache in zip(layers, caches if caches is not None else [None] * len(layers), strict=True):
             x, cache = layer(x, (params, cache))
@@ -124,7 +125,7 @@ def causal_attend(
     return attention(query, key, value, Mask(causal=True, lengths=lengths)), cache
 
 
-def define_model(config: QwenConfig, remat: bool = False, attention: Attention = PLAIN) -> Model:
+def define_model(config: QwenConfig, remat: Remat = "none", attention: Attention = PLAIN) -> Model:
     abstract = nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0)))
     parts = abstract.vision, abstract.text.layers, abstract.text.norm
     return Model(config, *[nnx.graphdef(part) for part in parts], remat, attention)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rethinker_jax.models.attention import Mask
 from rethinker_jax.models.attention_kernels import Attention
-from rethinker_jax.models.layers import GatedMlp, HeadsLinear, Linear, RMSNorm, make_param
+from rethinker_jax.models.layers import GatedMlp, HeadsLinear, Linear, Remat, RMSNorm, make_param, recomputed
 from rethinker_jax.models.qwen_config import VisionConfig
 from rethinker_jax.models.rope import rotate, vision_angles
 
@@ -99,7 +99,7 @@ class VisionTower(nnx.Module):
         segment: Int[Array, "vision_rows windows"],
         valid: Bool[Array, "vision_rows windows patches"],
         attention: Attention,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "merged d_model"]:
         """Encode rows of windows; row r of the result is the r-th merge unit of the flattened layout."""
         kernel = self.patch_embedding[...]
@@ -111,5 +111,5 @@ class VisionTower(nnx.Module):
             return nnx.merge(graphdef, layer[0])(x, angles, segment, valid, layer[1], attention), None
 
         full = jnp.isin(jnp.arange(self.config.depth), jnp.array(self.config.full_attention_blocks, jnp.int32))
-        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (stacked, full))
+        x, _ = jax.lax.scan(recomputed(block, remat), x, (stacked, full))
         return self.merger(x)
