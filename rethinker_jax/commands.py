@@ -243,7 +243,7 @@ COMMANDS: dict[str, Command] = {
         "Runs the stages of a recipe one after the other: distill, sample, select, sft, rl, evaluate. A stage that is\n"
         "done is not run again unless what it depends on changed. manifest.json in the run directory says what each\n"
         "started from, read and left. Overrides hold for every stage, stages.NAME.section.key=value for one.\n"
-        "model=DIR is the base, run.dir=DIR the pipeline's directory; sources.NAME=PATH, stages.NAME.data=PATH are data.",
+        "model=DIR is the base, run.dir=DIR the pipeline's directory; data: sources.NAME=PATH, stages.NAME.data=PATH.",
         _pipeline,
         _pipeline_options,
     ),

@@ -335,51 +335,6 @@ def test_fine_tuning_learns_stops_and_resumes(place: Path, completions: Path):
     assert weights[0] == weights[1] != (EXAMPLE_MODEL / "model.safetensors").read_bytes()
 
 
-def test_a_pipeline_runs_its_stages_and_only_what_changed_again(place: Path, completions: Path):
-    """Catches a stage that starts from the wrong model, is run twice, or is not run again when its config changed."""
-    log = place / "pipeline.log"
-    (place / "recipe.yaml").write_text(f"""
-name: recipe
-stages:
-  - name: first
-    kind: sft
-    config: small.yaml
-    set: {{sft.data: {completions}, sft.num_steps: 8, sft.batch_size: 4}}
-  - name: second
-    kind: rl
-    config: small.yaml
-    set: {{run.num_steps: 2}}
-""")
-    words = ["pipeline", "recipe.yaml", "evaluation.num_problems=0", "evaluation.num_sampled_problems=0"]
-    folder = place / "runs" / "recipe"
-    lines = folder / "first" / "metrics.jsonl"
-    assert stop_when(lambda: num_lines(lines) >= 2, signal.SIGTERM, *words, log=log) == 75, log.read_text()
-    assert json.loads((folder / "manifest.json").read_text())["stages"][0]["status"] == "running"
-    first = folder / "first" / "checkpoints" / str(num_lines(lines))
-    assert first.is_dir()
-    run(*words, log=log)
-    assert num_lines(lines) == 8 and not (folder / "first.old1").exists()  # it went on
-    stages = json.loads((folder / "manifest.json").read_text())["stages"]
-    assert [(one["name"], one["kind"], one["status"], one["starts_from"]) for one in stages] == [
-        ("first", "sft", "done", "base"),
-        ("second", "rl", "done", "first"),
-    ]
-    assert stages[1]["inputs"]["model"] == stages[0]["output"] and all("wall_s" in one for one in stages)
-    config = (folder / "second" / "config.yaml").read_text()
-    assert "first/model" in config
-    assert read_config(folder / "second" / "model").layers == read_config(EXAMPLE_MODEL).layers
-
-    before = (folder / "manifest.json").read_bytes()
-    assert run(*words, log=log).count("done before") == 2
-    assert (folder / "manifest.json").read_bytes() == before
-
-    printed = run(*words, "sampling.top_p=0.9", log=log)
-    assert "stage first: done before" in printed and "stage second: begins anew" in printed
-    assert (folder / "second.old1" / "summary.json").is_file() and (folder / "second" / "summary.json").is_file()
-    stages = json.loads((folder / "manifest.json").read_text())["stages"]
-    assert [one["status"] for one in stages] == ["done", "done"]
-
-
 def test_the_warm_start_can_be_rebuilt(place: Path):
     """Keeps the documented command alive: it gives a model directory that loads."""
     folder = place / "rebuilt"

@@ -59,9 +59,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... dim"]) -> Float[Array, "... dim"]:
-        wide = x.astype(jnp.float32)
+        # Rows flattened, as in Linear: XLA's CPU backend sums the scale's gradient several times as fast.
+        wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
 class Linear(nnx.Module):

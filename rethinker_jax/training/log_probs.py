@@ -96,8 +96,8 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. Chunks of tokens are recomputed in the backward pass, and
-    each shard works on its own part of every chunk. Without its gradient the entropy costs nothing there.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk of tokens.
+    Chunks are recomputed in the backward pass, but for a single one. Without its gradient the entropy costs nothing there.
     """
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
@@ -107,14 +107,20 @@ def token_log_probs(
     targets = jnp.pad(targets, ((0, 0), padding)).reshape(shards, num_chunks, chunk)
 
     def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = model.logits(params, inputs[0])
+        # Shards flattened into rows: XLA's CPU backend takes twice as long for the head's gradient otherwise, and for
+        # the entropy ten times.
+        logits = model.logits(params, inputs[0].reshape(-1, d_model))
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        drawn = jnp.take_along_axis(logits, inputs[1][..., None], axis=-1)[..., 0]
+        drawn = jnp.take_along_axis(logits, inputs[1].reshape(-1, 1), axis=-1)[:, 0]
         scores, total = (logits, log_z) if with_entropy_gradient else jax.lax.stop_gradient((logits, log_z))
-        below = scores - total[..., None]
-        return drawn - log_z, -jnp.sum(jnp.exp(below) * below, axis=-1)
+        below = scores - total[:, None]
+        found = drawn - log_z, -jnp.sum(jnp.exp(below) * below, axis=-1)
+        return found[0].reshape(shards, chunk), found[1].reshape(shards, chunk)
 
-    chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
-    found = jax.lax.map(jax.checkpoint(one_chunk), chunks)
-    log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1)[:, :length] for x in found)
-    return log_probs, entropy
+    if num_chunks == 1:  # the backward pass would begin with recomputing it: nothing saved
+        log_probs, entropy = one_chunk((hidden[:, 0], targets[:, 0]))
+    else:
+        chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+        found = jax.lax.map(jax.checkpoint(one_chunk), chunks)
+        log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1) for x in found)
+    return log_probs[:, :length], entropy[:, :length]

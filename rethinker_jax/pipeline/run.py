@@ -1,0 +1,208 @@
+"""The `pipeline` command: stages that are not done yet, one after the other, and what the manifest says of them."""
+
+import dataclasses
+import gc
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rethinker_jax.config import MeshConfig
+from rethinker_jax.devices import start_jax
+from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.models.sharding import make_mesh
+from rethinker_jax.output_files import differences
+from rethinker_jax.pipeline.budget import check_budgets, count_rows
+from rethinker_jax.pipeline.keys import Contents
+from rethinker_jax.pipeline.plan import Planned, hash_of_input, keys_of, plan, settings_of
+from rethinker_jax.pipeline.recipe import MODEL_KINDS, SAMPLE_KINDS, read_recipe
+from rethinker_jax.pipeline.stages import download, final_config, run_stage
+from rethinker_jax.run_directory import FREE_KEYS, LENGTHS, RunDirectory, hold, versions, write_whole
+from rethinker_jax.stopping import listening
+from rethinker_jax.system import model_directory
+
+Entry = dict[str, Any]
+
+
+def run_pipeline(path: Path, overrides: Sequence[str], mesh: MeshConfig | None, last: str = "") -> Path:
+    """The `pipeline` command: run every stage that is not done yet, up to `last`. Returns the pipeline's directory.
+
+    A stage is done when its key and what it read and left are what the manifest says. One of which they are not begins
+    anew; what it left before is set aside, not removed. Raises UserError, Stopped.
+    """
+    asked = read_recipe(path, overrides)
+    stages = plan(asked, mesh, last)
+    check_budgets(stages)
+    start_jax(stages[0].config)
+    for one in stages:
+        if one.stage.kind != "select":
+            make_mesh(one.config.mesh)
+    words = [str(path), *overrides, *(_mesh_words(mesh))]
+    with hold(asked.directory), listening():
+        for given in dict.fromkeys(given for one in stages for given in one.inputs if given.hub):
+            if not Path(given.path).is_file():
+                download(given.hub, Path(given.path))
+        contents = Contents(asked.directory / "hashes.json")
+        keys = keys_of(stages, model_directory(asked.recipe.model), contents)
+        manifest = Manifest(asked.directory / "manifest.json", [one.stage.name for one in stages])
+        for one in stages:
+            _run_one(manifest, one, keys, contents, shlex.join(["pipeline", *words]))
+            gc.collect()  # the next stage wants the room of this one's weights
+    return asked.directory
+
+
+def _mesh_words(mesh: MeshConfig | None) -> list[str]:
+    sizes = [] if mesh is None else [f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items()]
+    return ["--mesh", ",".join(sizes)] if sizes else []
+
+
+class Manifest:
+    """manifest.json: an entry a stage, in the order of the recipe; written whole after every change."""
+
+    def __init__(self, path: Path, names: Sequence[str]):
+        self.path = path
+        self._names = names
+
+    def read(self, name: str) -> Entry | None:
+        return next((entry for entry in self._entries() if entry["name"] == name), None)
+
+    def write(self, entry: Entry) -> None:
+        """Put a stage's entry in its place; entries of stages that the recipe lost stay behind the others."""
+        entries = {one["name"]: one for one in self._entries()} | {entry["name"]: entry}
+        names = [name for name in dict.fromkeys([*self._names, *entries]) if name in entries]
+        text = json.dumps({"stages": [entries[name] for name in names]}, indent=2)
+        write_whole(self.path, text + "\n")
+
+    def _entries(self) -> list[Entry]:
+        if not self.path.is_file():
+            return []
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+            return [entry for entry in entries if entry["name"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path}: wanted a manifest ({error}). Remove the file to start the pipeline anew."
+            ) from error
+
+
+def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], contents: Contents, command: str) -> None:
+    """Run one stage, or go on with it, unless it is done; the manifest says so before and after."""
+    name = planned.stage.name
+    planned = dataclasses.replace(planned, config=final_config(planned))
+    before = manifest.read(name)
+    entry = _entry(planned, keys, contents) | {"command": command}
+    changed = [] if before is None else _changes(before, entry, planned, contents)
+    if before is not None and not changed and before["status"] == "done" and planned.output.exists():
+        print(f"stage {name}: done before")
+        return
+    spent = 0.0
+    if changed and planned.directory.exists():
+        aside = _set_aside(planned.directory, before)
+        print(f"stage {name}: begins anew ({'; '.join(changed)}); what was there is in {aside}")
+    elif before is not None:
+        spent = before.get("wall_s", 0.0)
+    source = f" from {planned.parent}" if planned.parent else ""
+    print(f"stage {name}: {planned.stage.kind}{source}")
+    started = time.monotonic()
+    entry |= {"status": "running", "wall_s": spent}
+    manifest.write(entry)
+    entry["status"] = "failed"
+    try:
+        run_stage(planned)
+        entry |= {"status": "done", "output_sha256": _output_hash(planned, contents)}
+        entry["output_rows"] = count_rows(str(planned.output)) if planned.stage.kind not in MODEL_KINDS else None
+    except (Stopped, KeyboardInterrupt):
+        entry["status"] = "stopped"
+        raise
+    except UserError as error:
+        entry["error"] = str(error)
+        raise
+    finally:
+        manifest.write(entry | {"wall_s": spent + time.monotonic() - started})
+
+
+def _entry(planned: Planned, keys: dict[str, str], contents: Contents) -> Entry:
+    """What is known of a stage before it runs. Reads what the stages before it made."""
+    stage = planned.stage
+    data = [
+        {
+            "role": given.role,
+            "path": given.path,
+            "stage": given.stage,
+            "hub": given.hub,
+            "sha256": hash_of_input(given, contents),
+            "rows": count_rows(given.path),
+        }
+        for given in planned.inputs
+    ]
+    model = {"model": planned.model, "model_sha256": contents.model(model_directory(planned.model))}
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "status": "",
+        "starts_from": planned.parent,
+        "output": str(planned.output),
+        "inputs": (model if planned.model else {}) | {"data": data},
+        "key": keys[stage.name],
+        "parent": {"name": planned.parent, "key": keys[planned.parent]} if planned.parent else None,
+        "settings": settings_of(planned),
+    } | versions()
+
+
+def _changes(before: Entry, entry: Entry, planned: Planned, contents: Contents) -> list[str]:
+    """Why a stage must begin anew, a phrase each; none where it is done or can go on."""
+    if before.get("key") != entry["key"] or _content_of(before) != _content_of(entry):
+        return _reasons(before, entry) or ["something that it depends on is another"]
+    if before["status"] == "done":
+        was = before.get("output_sha256")
+        if planned.output.exists() and _output_hash(planned, contents) != was:
+            return [f"{planned.output} is not what the stage left"]
+        return []
+    kind = planned.stage.kind
+    if kind == "sft" or kind == "rl":
+        return RunDirectory(planned.directory, kind).changes(planned.config, FREE_KEYS - LENGTHS)
+    return []
+
+
+def _content_of(entry: Entry) -> list[str]:
+    inputs = entry.get("inputs", {})
+    return [inputs.get("model_sha256", ""), *(one.get("sha256", "") for one in inputs.get("data", []))]
+
+
+def _reasons(before: Entry, entry: Entry) -> list[str]:
+    """What differs, as far as the two entries say it."""
+    keys = ("kind", "starts_from")
+    found = [f"{key} was {before.get(key)}, is {entry[key]}" for key in keys if before.get(key) != entry[key]]
+    was, now = before.get("settings", {}), entry["settings"]
+    missing = {key: None for key in was if key not in now}
+    found += [f"{key} was {old!r:.60}, is {new!r:.60}" for key, old, new in differences(was, now | missing)]
+    inputs, data = entry["inputs"], {one["role"]: one for one in before.get("inputs", {}).get("data", [])}
+    if before.get("inputs", {}).get("model_sha256") != inputs.get("model_sha256"):
+        found.append(f"the model {inputs.get('model', '')} is another")
+    found += [
+        f"{one['path']} is another" for one in inputs["data"]
+        if data.get(one["role"], {}).get("sha256") != one["sha256"]
+    ]  # fmt: skip
+    parent = (before.get("parent") or {}).get("key"), (entry["parent"] or {}).get("key")
+    if not found and parent[0] != parent[1]:
+        found.append(f"the stage {entry['starts_from']} was run anew")
+    return found
+
+
+def _output_hash(planned: Planned, contents: Contents) -> str:
+    if planned.stage.kind in MODEL_KINDS:
+        return contents.model(planned.output)
+    return (
+        contents.samples(planned.output) if planned.stage.kind in SAMPLE_KINDS else contents.rows(str(planned.output))
+    )
+
+
+def _set_aside(stage: Path, entry: Entry | None) -> Path:
+    """Rename a stage's directory, its manifest entry in it."""
+    number = 1
+    while (aside := stage.with_name(f"{stage.name}.old{number}")).exists():
+        number += 1
+    write_whole(stage / "manifest_entry.json", json.dumps(entry, indent=2) + "\n")
+    return stage.rename(aside)
