@@ -1,8 +1,9 @@
 """Advantages of the rollouts of a group: how much better than its siblings each one did. numpy only.
 
 Baselines are made from the rewards of the *first* responses, before Forced Rethinking put chosen successes among them:
-otherwise each forced success would lower its honest siblings (VL-Rethinker's released code does). Estimators that look
-at the whole group look at it as each sample would find it: its own reward among the first rewards of its siblings.
+otherwise each forced success would lower its honest siblings, as in VL-Rethinker's released code, whose way
+(`rethink.baseline: final`) is to give the final rewards for first ones too. Estimators that look at the whole group
+look at it as each sample would find it: its own reward among the first rewards of its siblings.
 Without rethinking first and final rewards are equal.
 """
 

@@ -142,7 +142,7 @@ class AdvantageConfig:
 class ReplayConfig:
     """Selective Sample Replay, VL-Rethinker §3.2 and Algorithm 1; modes and forms are told apart in `replay.py`."""
 
-    mode: Literal["ssr", "filter", "dynamic", "none"] = "ssr"  # filter drops rows, dynamic groups; none = plain GRPO
+    mode: Literal["ssr", "filter", "dynamic", "none"] = "ssr"  # filter drops zero-advantage rows, dynamic draws others
     form: Literal["top_up", "bootstrap", "deque"] = "top_up"  # of ssr: top_up is Algorithm 1
     alpha: NonNegativeFloat = 1.0  # P(j) ∝ |A_j|^alpha
     capacity: Positive = 4096  # rows; the oldest leave first
@@ -155,28 +155,41 @@ class ReplayConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RethinkConfig:
-    """Forced Rethinking, VL-Rethinker §3.3.
+    """Forced Rethinking, VL-Rethinker §3.3; what paper and released code have for each key: docs/rethinking.md.
 
     `rule: random` picks samples before they are drawn and feeds the trigger inside the decode loop. `rule: paper` picks
-    after the verdicts of the group and continues in a second pass.
+    after the verdicts of the group and continues in a second pass; keys marked so are read by that rule alone.
     """
 
     rule: Literal["off", "random", "paper"] = "off"
     fraction: Fraction = 0.65  # share q of the eligible completions
-    until_step: NonNegative = 0  # 0 = never stops
+    until_step: NonNegative = 0  # from this step on the share is final_fraction; 0 = it never changes
+    schedule: Literal["step", "linear", "cosine"] = "step"  # from fraction to final_fraction; step = all at once
+    final_fraction: Fraction = 0.0  # itself a share of the eligible completions
+    group_rule: Literal["spare_easy", "wrong_in_hard", "any"] = "spare_easy"  # rule paper: who is eligible
+    easy_group: Fraction = 0.7  # rule paper: a group is easy above this share of right first responses
+    max_first_tokens: Positive = 1024  # longer first responses are not eligible
     triggers: tuple[str, ...] = (
         "\n\nWait",
         "\n\nWait, does it seem right?",
         "\n\nWait, let's double check",
         "\n\nWait, there might be a mistake",
     )
-    odds: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.25, 0.25)  # of the triggers; rule paper: the last two share
+    odds: tuple[NonNegativeFloat, ...] = (0.2, 0.3, 0.25, 0.25)  # of the triggers
+    trigger_by_verdict: bool = True  # rule paper: the last two odds go to the last but one if right, the last if wrong
     temperature: NonNegativeFloat = 0.9  # of the second look
     max_new_tokens: Positive = 1024  # of the second look; longer ones are not kept
-    max_first_tokens: Positive = 1024  # longer first responses are not eligible
-    max_kept_per_problem: Positive = 2
-    easy_group: Fraction = 0.7  # rule paper: wrong answers in groups above this score are left alone
     truncate: Fraction = 0.0  # rule paper: probability of cutting the first response (released code: 0.5)
+    truncate_at: Literal["released", "last_answer", "paragraph", "sentence"] = "released"  # rule paper: where
+    keep: Literal["correct", "all"] = "correct"  # which second looks take the first response's place
+    min_second_tokens: NonNegative = 0  # shorter second looks are not kept (released code: 31)
+    max_waits: NonNegative = 0  # second looks with more, their trigger included, are not kept; 0 = no limit
+    answer_again: bool = False  # is a second look without an answer of its own not kept
+    max_kept_per_problem: Positive = 2  # the first ones, by sample number
+    baseline: Literal["first", "final"] = "first"  # rewards that an advantage compares with: before or after keeping
+    policy_on: Literal["second", "first_and_second"] = "second"  # of a kept row; the trigger never
+    nll_on: Literal["none", "second", "trigger_and_second", "all"] = "trigger_and_second"  # tokens of nll_rows
+    nll_rows: Literal["correct_forced", "positive_forced", "positive_waits"] = "correct_forced"  # positive = A > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,18 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rethinker_jax.config import Config, LossConfig, MeshConfig, ReplayConfig
+from rethinker_jax.config import Config, LossConfig, MeshConfig, ReplayConfig, RethinkConfig
 from rethinker_jax.config_keys import nearest
 from rethinker_jax.config_rewards import REWARD_TERMS, RewardConfig
 
 MOST_B2_IN_BFLOAT16 = 0.99
+MODES_THAT_READ = {  # of the keys of `replay` that not every mode reads
+    "form": ("ssr",),
+    "max_age": ("ssr", "dynamic"),
+    "replacement": ("ssr",),
+    "importance": ("ssr",),
+    "max_resamples": ("dynamic",),
+}
 USER_TERM = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -104,12 +111,13 @@ def _check_batches(config: Config) -> list[str]:
 def _check_replay(replay: ReplayConfig) -> list[str]:
     """What is said of the buffer is used: an unused limit or weight would look as if it were in force."""
     said = dataclasses.asdict(replay)
-    if replay.mode != "ssr":
-        return [
-            f"replay.{key} is {said[key]} with replay.mode {replay.mode}; only ssr reads it"
-            for key in ("form", "max_age", "replacement", "importance")
-            if said[key] != dataclasses.asdict(ReplayConfig())[key]
-        ]
+    unread = [
+        f"replay.{key} is {said[key]} with replay.mode {replay.mode}; only {' and '.join(modes)} reads it"
+        for key, modes in MODES_THAT_READ.items()
+        if replay.mode not in modes and said[key] != dataclasses.asdict(ReplayConfig())[key]
+    ]
+    if unread or replay.mode != "ssr":
+        return unread
     if replay.form == "bootstrap":
         return [
             f"replay.{key} is {said[key]} with replay.form bootstrap, which draws from no buffer; leave it out"
@@ -179,9 +187,51 @@ def _check_rethink(config: Config) -> list[str]:
         problems.append(f"rethink.rule is {rethink.rule} and rethink.triggers is empty or holds an empty string")
     if sum(rethink.odds) <= 0:
         problems.append(f"rethink.odds {list(rethink.odds)} sum to 0, so no trigger could be drawn")
-    if rethink.fraction == 0:
+    if rethink.fraction == 0 and rethink.final_fraction == 0:
         problems.append(f"rethink.rule is {rethink.rule} with rethink.fraction 0; write rethink.rule=off to mean that")
-    return problems
+    if rethink.min_second_tokens > rethink.max_new_tokens:
+        problems.append(
+            f"rethink.min_second_tokens {rethink.min_second_tokens} is above rethink.max_new_tokens "
+            f"{rethink.max_new_tokens}, so no second look would be kept"
+        )
+    if rethink.nll_rows == "positive_waits" and rethink.nll_on not in ("all", "none"):
+        problems.append(
+            f"rethink.nll_rows is positive_waits with rethink.nll_on {rethink.nll_on}, by which no token of an "
+            "unforced row is supervised; wanted rethink.nll_on=all"
+        )
+    return problems + _unread_of_rethink(config)
+
+
+def _unread_of_rethink(config: Config) -> list[str]:
+    """What is said of Forced Rethinking is used: a key without effect would look as if it were in force."""
+    rethink, estimator = config.rethink, config.advantage.estimator
+    unread = [
+        (
+            rethink.rule == "random",
+            ("group_rule", "easy_group", "trigger_by_verdict", "truncate", "truncate_at"),
+            "rethink.rule random, which knows no verdict and cuts nothing; only paper reads it",
+        ),
+        (
+            rethink.until_step == 0,
+            ("schedule", "final_fraction"),
+            "rethink.until_step 0, by which the share never changes",
+        ),
+        (rethink.group_rule == "any", ("easy_group",), "rethink.group_rule any, which asks for no score"),
+        (rethink.truncate == 0, ("truncate_at",), "rethink.truncate 0, by which nothing is cut"),
+        (
+            estimator in ("remax", "reinforce_plus_plus"),
+            ("baseline",),
+            f"advantage.estimator {estimator}, which compares with no sibling",
+        ),
+        (rethink.nll_on == "none", ("nll_rows",), "rethink.nll_on none, by which no token is supervised"),
+    ]
+    said, default = dataclasses.asdict(rethink), dataclasses.asdict(RethinkConfig())
+    found: dict[str, str] = {}
+    for applies, keys, why in unread:
+        for key in keys:
+            if applies and said[key] != default[key]:
+                found.setdefault(key, f"rethink.{key} is {said[key]} with {why}")
+    return list(found.values())
 
 
 def _check_learning(config: Config) -> list[str]:

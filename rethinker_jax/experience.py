@@ -53,8 +53,7 @@ def with_kl(
     """
     if config.loss.kl != "reward":
         return list(groups), {}
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rows = [_row_of(rollout) for rollout in rollouts]
+    rows = [_row_of(group, rollout) for group in groups for rollout in group.rollouts]
     reference = teacher_forced(config, system, updater, updater.reference, rows)
     own = [row.old_log_probs for row in rows]
     if trainer_log_probs(config, system):
@@ -73,9 +72,9 @@ def with_kl(
     ], {"kl": sum(sums) / max(num_tokens, 1), "kl_coefficient": coefficient}
 
 
-def _row_of(rollout: Rollout) -> TrainRow:
+def _row_of(group: Group, rollout: Rollout) -> TrainRow:
     completion = rollout.completion
-    return TrainRow(rollout.prompt, completion.token_ids, *rethink.loss_masks(completion), completion.log_probs)
+    return TrainRow(rollout.prompt, completion.token_ids, *group.masks(rollout), completion.log_probs)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> jax.Array:
@@ -153,12 +152,16 @@ def greedy_rewards(
 
 
 def with_advantages(groups: Sequence[Group], config: Config, greedy: np.ndarray | None = None) -> list[Group]:
-    """Groups with advantages by `advantage.estimator`; `greedy` [groups] are the rewards that ReMax subtracts."""
+    """Groups with advantages by `advantage.estimator`; `greedy` [groups] are the rewards that ReMax subtracts.
+
+    `rethink.baseline: final` compares with the rewards of what is trained on, as the released code does.
+    """
+    baseline = config.rethink.baseline
     advantages = group_advantages(
         np.stack([group.rewards for group in groups]),
-        np.stack([group.first_rewards for group in groups]),
+        np.stack([group.first_rewards if baseline == "first" else group.rewards for group in groups]),
         config.advantage.estimator,
-        lengths=np.stack([[rethink.loss_masks(one.completion)[0].sum() for one in group.rollouts] for group in groups]),
+        lengths=np.stack([[group.masks(one)[0].sum() for one in group.rollouts] for group in groups]),
         greedy_rewards=greedy,
         k=config.advantage.k,
     )
@@ -176,7 +179,7 @@ def with_advantages(groups: Sequence[Group], config: Config, greedy: np.ndarray 
 
 def experience_of(group: Group, rollout: Rollout, update: int) -> replay.Experience:
     """What the buffer keeps of a rollout that was drawn after `update` optimizer steps."""
-    loss_mask, nll_mask = rethink.loss_masks(rollout.completion)
+    loss_mask, nll_mask = group.masks(rollout)
     return replay.Experience(
         problem=group.problem,
         completion_ids=rollout.completion.token_ids,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rethinker_jax import rethink
-from rethinker_jax.config import Config
+from rethinker_jax.config import Config, RethinkConfig
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.rewards.scorer import Pending, Scorer
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
@@ -17,11 +17,15 @@ from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The rollouts of one prompt; `problem` is the number of its dataset row."""
+    """The rollouts of one prompt; `problem` is the number of its dataset row.
+
+    `rethinking`: by what second looks were forced on them and kept, and are learned from.
+    """
 
     problem: int
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+    rethinking: RethinkConfig = rethink.DEFAULTS
 
     @property
     def rewards(self) -> np.ndarray:
@@ -30,6 +34,23 @@ class Group:
     @property
     def first_rewards(self) -> np.ndarray:
         return np.array([rollout.first_verdict.reward for rollout in self.rollouts], np.float32)
+
+    @property
+    def not_kept(self) -> list[rethink.NotKept | None]:
+        """Of every second look why it was not kept, None where it was."""
+        found: list[rethink.NotKept | None] = []
+        num_kept = 0
+        for one in self.rollouts:
+            if one.forced is not None and one.forced_verdict is not None:
+                why = rethink.why_not_kept(self.rethinking, one.forced, one.forced_verdict, num_kept)
+                num_kept += why is None
+                found.append(why)
+        return found
+
+    def masks(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """(policy gradient, supervised) masks of what is trained on of one of the rollouts, advantages being there."""
+        correct, advantage = rollout.verdict.correct, rollout.advantage
+        return rethink.loss_masks(rollout.completion, self.rethinking, correct=correct, advantage=advantage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,8 @@ def roll_out(
     `params` are in the sampling layout. `forced` switches Forced Rethinking on, by the config's rule.
     """
     n, seed = config.rollout.samples_per_prompt, config.run.seed
+    if forced:
+        config = dataclasses.replace(config, rethink=rethink.at_step(config.rethink, step))
     triggers = [system.tokenizer.encode(trigger) for trigger in config.rethink.triggers]
     budgets = budgets_of(config, triggers)
     requests = [Request(prompt, sample) for _, prompt in prompts for sample in range(n)]
@@ -99,7 +122,8 @@ def roll_out(
             second = SecondPass(counters_of_second, time.monotonic() - began_at)
     groups = []
     for place, (row, prompt) in enumerate(prompts):
-        groups.append(Group(row, prompt, keep(rollouts[place * n : (place + 1) * n], config)))
+        kept_of = keep(rollouts[place * n : (place + 1) * n], config)
+        groups.append(Group(row, prompt, kept_of, config.rethink))
     return Rolled(groups, counters, seconds_waited, second)
 
 
@@ -179,7 +203,7 @@ def _second_pass(
             continue
         prefix = rollout.first.token_ids[:-1]  # without its end token
         if rng.random() < config.rethink.truncate:
-            cut = rethink.cut_first_response(rollout.first.text)
+            cut = rethink.cut_first_response(rollout.first.text, config.rethink.truncate_at)
             prefix = system.tokenizer.encode(cut)[: len(prefix)]
         ids = np.concatenate([prefix, triggers[number]]).astype(np.int32)
         segments = np.repeat(np.array([FIRST, TRIGGER], np.int32), [len(prefix), len(triggers[number])])

@@ -39,8 +39,6 @@ def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 def rollout_metrics(groups: Sequence[Group], epsilon: float) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    forced = [one for one in rollouts if one.forced_verdict is not None]
-    repaired = [one.forced_verdict is not None and one.forced_verdict.correct for one in forced]
     verdicts = [one.first_verdict.verdict for one in rollouts]
     zero = [all(abs(one.advantage) <= epsilon for one in group.rollouts) for group in groups]
     return {
@@ -54,20 +52,37 @@ def rollout_metrics(groups: Sequence[Group], epsilon: float) -> dict[str, float]
         "completion_length_correct": share([len(one.completion) for one in rollouts if one.verdict.correct]),
         "completion_length_wrong": share([len(one.completion) for one in rollouts if not one.verdict.correct]),
         "truncated_share": share([one.first.finish_reason == "length" for one in rollouts]),
-        "rethink_ratio": share([rethink.rethinks(one.first.text) for one in rollouts]),
-        "forced_share": share([one.forced is not None for one in rollouts]),
-        "kept_share": share([one.kept for one in forced]),
-        "forced_first_accuracy": share([one.first_verdict.correct for one in forced]),
-        "forced_final_accuracy": share(repaired),
-        "wrong_to_right": share(
-            [right for one, right in zip(forced, repaired, strict=True) if not one.first_verdict.correct]
-        ),
-        "right_to_wrong": share(
-            [not right for one, right in zip(forced, repaired, strict=True) if one.first_verdict.correct]
-        ),
+        **rethinking_metrics(groups),
         # With `accuracy` they sum to 1: no verdict is silent.
         **{f"{name}_share": share([verdict == name for verdict in verdicts]) for name in NOT_CORRECT},
         "verdict_ms": share([one.first_verdict.ms for one in rollouts]),
+    }
+
+
+def rethinking_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Second looks that the model took of its own accord, and what came of those that were forced on it."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    own = [(rethink.rethinks(one.first.text), one.first_verdict.correct) for one in rollouts]
+    forced = [one for one in rollouts if one.forced_verdict is not None]
+    before = [one.first_verdict.correct for one in forced]
+    after = [one.forced_verdict is not None and one.forced_verdict.correct for one in forced]
+    turns = list(zip(before, after, strict=True))
+    rooms = [rethink.has_room(group.rethinking, one.first) for group in groups for one in group.rollouts]
+    wrong_with_room = share([not right for (_, right), room in zip(own, rooms, strict=True) if room])
+    reasons = [why for group in groups for why in group.not_kept]
+    return {
+        "rethink_ratio": share([looks for looks, _ in own]),
+        "rethink_ratio_correct": share([looks for looks, right in own if right]),
+        "rethink_ratio_wrong": share([looks for looks, right in own if not right]),
+        "forced_share": share([one.forced is not None for one in rollouts]),
+        "selectivity": (1 - share(before)) / wrong_with_room if wrong_with_room > 0 else float("nan"),
+        "kept_share": share([one.kept for one in forced]),
+        **{f"not_kept/{why}": share([one == why for one in reasons]) for why in rethink.NOT_KEPT},
+        "forced_first_accuracy": share(before),
+        "forced_final_accuracy": share(after),
+        "rethink_gain": share(after) - share(before),
+        "wrong_to_right": share([right for was_right, right in turns if not was_right]),
+        "right_to_wrong": share([not right for was_right, right in turns if was_right]),
     }
 
 

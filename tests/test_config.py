@@ -61,7 +61,7 @@ REFUSED = [
     ("data: {shuffle: 1}", "", ["data.shuffle: wanted true or false, came 1"]),
     ("data: {shuffle: yes}", "", ["data.shuffle: wanted true or false, came 'yes'"]),
     ("run: {dir: 3}", "", ["run.dir: wanted text, came 3"]),
-    ("replay: {mode: srs}", "", ["wanted 'ssr', 'filter' or 'none', came 'srs'; did you mean ssr?"]),
+    ("replay: {mode: srs}", "", ["wanted 'ssr', 'filter', 'dynamic' or 'none', came 'srs'; did you mean ssr?"]),
     ("sampling: {top_p: 1.5}", "", ["sampling.top_p: wanted less than or equal to 1, came 1.5"]),
     ("optimizer: {learning_rate: .nan}", "", ["optimizer.learning_rate", "came nan"]),
     ("loss: {entropy_coefficient: .inf}", "", ["loss.entropy_coefficient is inf; wanted a finite number"]),

@@ -57,6 +57,9 @@ def test_templates_are_the_published_strings_to_the_byte():
         '"Wait a moment", "Wait, does it seem right?", etc. '
         r"Remember to put your final answer within \boxed{}."
     )
+    assert PROMPT_TEMPLATES["openvlthinker_rl"].text == (
+        "You FIRST think about the reasoning process as an internal monologue and then provide the final answer."
+    )
     assert NONE.text == ""
 
 
@@ -83,6 +86,13 @@ def test_images_stand_where_their_tags_are_and_text_is_kept_to_the_byte(question
 def test_the_template_follows_a_blank_line():
     default = PROMPT_TEMPLATES["default"]
     assert content_parts("<image>Q", 1, default) == [None, "Q\n\n" + default.text]
+
+
+def test_openvlthinkers_sentence_follows_a_blank():
+    """As its format prompt has it, `{{ content | trim }} You FIRST ...`. Catches a blank line, and a question that is
+    not trimmed."""
+    template = PROMPT_TEMPLATES["openvlthinker_rl"]
+    assert content_parts(" <image>\n Q?\n", 1, template) == [None, "\n Q? " + template.text]
 
 
 @pytest.mark.parametrize("question, num_images", [("<image>Q", 0), ("<image>Q", 2), ("<image><image>", 1)])

@@ -1,11 +1,12 @@
 """Second looks that are chosen after the verdicts, through the real sampler, verifier and example model."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
+from rethinker_jax import rethink
 from rethinker_jax.config import Config, DataConfig, ModelConfig, RethinkConfig, RolloutConfig, SamplingConfig
 from rethinker_jax.example.tasks import make_task
 from rethinker_jax.rewards.scorer import Scorer
@@ -41,8 +42,8 @@ def rolled(system: System, scorer: Scorer) -> Rolled:
     return roll(system, scorer, CONFIG)
 
 
-def roll(system: System, scorer: Scorer, config: Config) -> Rolled:
-    prompts = [(index, system.builder.build(make_task(0, index).problem)) for index in range(4)]
+def roll(system: System, scorer: Scorer, config: Config, order: Sequence[int] = range(4)) -> Rolled:
+    prompts = [(index, system.builder.build(make_task(0, index).problem)) for index in order]
     return roll_out(system, system.sampling_params(system.params), prompts, config, scorer, 3, forced=True)
 
 
@@ -101,3 +102,39 @@ def test_without_room_first_responses_are_read_again(system: System, scorer: Sco
             np.testing.assert_allclose(ours.forced.log_probs, theirs.forced.log_probs, rtol=0, atol=5e-5)
             assert ours.forced_verdict is not None and theirs.forced_verdict is not None
             assert ours.forced_verdict.verdict == theirs.forced_verdict.verdict
+
+
+def test_the_choice_is_by_name_and_step(system: System, scorer: Scorer, rolled: Rolled) -> None:
+    """The prompts in another order, and a share that has fallen from 1 to 1/2 at step 3 of 6: of those that were forced
+    before, the ones whose own coin says so, with the same trigger. Catches coins that are tossed in the order of the
+    batch, a share that does not reach the rollout, and keys of keeping and cutting that do not."""
+    settings = dataclasses.replace(
+        CONFIG.rethink, schedule="linear", until_step=6, truncate_at="sentence", keep="all", max_kept_per_problem=3
+    )
+    order = (2, 0, 3, 1)
+    found = roll(system, scorer, dataclasses.replace(CONFIG, rethink=settings), order)
+    assert [group.problem for group in found.groups] == list(order)
+    groups = {group.problem: group for group in found.groups}
+    chosen = []
+    for before in rolled.groups:
+        after = groups[before.problem]
+        assert after.rethinking.keep == "all" and after.rethinking.fraction == 0.5
+        for ours, theirs in zip(after.rollouts, before.rollouts, strict=True):
+            assert ours.first.token_ids.tolist() == theirs.first.token_ids.tolist()
+            rng = rethink.coin(CONFIG.run.seed, 3, ours.prompt.problem.stable_hash, ours.sample)
+            assert (ours.forced is not None) == (theirs.forced is not None and rng.random() < 0.5)
+            chosen.append(ours.forced is not None)
+            if ours.forced is None or theirs.forced is None:
+                continue
+            assert _inserted(ours) == _inserted(theirs)
+            first = system.tokenizer.decode(ours.forced.token_ids[ours.forced.segments == FIRST])
+            whole = ours.first.text
+            assert first in (whole, rethink.cut_first_response(whole, "sentence"))
+        ended = [one for one in after.rollouts if one.forced is not None and one.forced.finish_reason == "stop"]
+        assert [one.sample for one in after.rollouts if one.kept] == [one.sample for one in ended[:3]]
+    assert 0 < sum(chosen) < len([one for one in rollouts_of(rolled) if one.forced is not None])
+
+
+def _inserted(rollout: Rollout) -> list[int]:
+    assert rollout.forced is not None
+    return rollout.forced.token_ids[rollout.forced.segments == TRIGGER].tolist()

@@ -15,7 +15,8 @@ from typing import IO, Any, Literal
 
 import yaml
 
-from rethinker_jax.config import Config, SelectConfig
+from rethinker_jax.config import Config
+from rethinker_jax.config_curation import SelectConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.curation import chain, report
 from rethinker_jax.curation.difficulty import source_difficulties

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import ConfigDict, Field
 
 from rethinker_jax.benchmarks.reflection import has_substring, has_word
-from rethinker_jax.config import FormatForm
+from rethinker_jax.config_rewards import FormatForm
 from rethinker_jax.curation.difficulty import Label
 from rethinker_jax.curation.markers import ANSWER_LOST, EMPTY, MARKERS, NO_TAGS, UNCHANGED, cut_reasoning
 from rethinker_jax.curation.records import Group, Sample, draw

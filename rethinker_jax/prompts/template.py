@@ -25,10 +25,15 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", IMAGE_P
 
 @dataclasses.dataclass(frozen=True)
 class PromptTemplate:
-    """Text that follows the question after a blank line, and where it comes from. "" = the bare question."""
+    """Text that follows the question, and where it comes from. "" = the bare question.
+
+    between: what stands between the two. trimmed: white space around the question goes.
+    """
 
     text: str
     source: str
+    between: str = "\n\n"
+    trimmed: bool = False
 
 
 PROMPT_TEMPLATES = {
@@ -43,6 +48,12 @@ PROMPT_TEMPLATES = {
         "self-correction to check your ongoing reasoning**, using connectives such as "
         '"Wait a moment", "Wait, does it seem right?", etc. Remember to put your final answer within \\boxed{}.',
         "VL-Rethinker (arXiv 2504.08837), stage 2; appendix B of version 3, the rethinking instruction prompt",
+    ),
+    "openvlthinker_rl": PromptTemplate(
+        "You FIRST think about the reasoning process as an internal monologue and then provide the final answer.",
+        "OpenVLThinker, its released format prompt of GRPO; evaluation and SFT take none",
+        between=" ",
+        trimmed=True,
     ),
 }
 
@@ -64,7 +75,8 @@ def content_parts(question: str, num_images: int, template: PromptTemplate) -> l
     An image stands where the question has an `<image>` tag; without tags all stand in front of it. Raises ValueError
     when there are tags, but not one per image.
     """
-    text = f"{question}\n\n{template.text}" if template.text else question
+    question = question.strip() if template.trimmed else question
+    text = f"{question}{template.between}{template.text}" if template.text else question
     pieces = text.split(IMAGE_TAG)
     if len(pieces) > 1 and len(pieces) - 1 != num_images:
         raise ValueError(f"the question has {len(pieces) - 1} {IMAGE_TAG} tags for {num_images} images")

@@ -96,8 +96,8 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk of tokens.
-    Chunks are recomputed in the backward pass, but for a single one. Without its gradient the entropy costs nothing there.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk. Chunks are
+    recomputed in the backward pass, but for a single one. Without its gradient the entropy costs nothing there.
     """
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
