@@ -56,7 +56,7 @@ class Setting:
     where: str
 
 
-class _Loader(yaml.SafeLoader):
+class ConfigLoader(yaml.SafeLoader):
     """Safe YAML without aliases (nothing can refer to itself) and without tags beyond the core schema."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}  # ty: ignore[incompatible-attribute-override]
@@ -73,23 +73,23 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that would be something else to `_Loader` (1e5) or to a reader of YAML 1.1 (off)."""
+    """Quotes text that would be something else to `ConfigLoader` (1e5) or to a reader of YAML 1.1 (off)."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 for _name, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
+    ConfigLoader.add_implicit_resolver(_TAG + _name, _pattern, _first)
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
-_Loader.add_constructor(_TAG + "null", lambda loader, node: None)
-_Loader.add_constructor(_TAG + "bool", lambda loader, node: node.value.lower() == "true")
-_Loader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
-_Loader.add_constructor(_TAG + "float", _Loader.number)
-_Loader.add_constructor(_TAG + "str", yaml.SafeLoader.construct_yaml_str)
-_Loader.add_constructor(_TAG + "seq", yaml.SafeLoader.construct_yaml_seq)
-_Loader.add_constructor(_TAG + "map", yaml.SafeLoader.construct_yaml_map)
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+ConfigLoader.add_constructor(_TAG + "null", lambda loader, node: None)
+ConfigLoader.add_constructor(_TAG + "bool", lambda loader, node: node.value.lower() == "true")
+ConfigLoader.add_constructor(_TAG + "int", lambda loader, node: int(node.value))
+ConfigLoader.add_constructor(_TAG + "float", ConfigLoader.number)
+ConfigLoader.add_constructor(_TAG + "str", yaml.SafeLoader.construct_yaml_str)
+ConfigLoader.add_constructor(_TAG + "seq", yaml.SafeLoader.construct_yaml_seq)
+ConfigLoader.add_constructor(_TAG + "map", yaml.SafeLoader.construct_yaml_map)
+ConfigLoader.add_constructor(None, yaml.SafeLoader.construct_undefined)
 
 
 def find_config(name: str) -> Path:
@@ -145,7 +145,7 @@ def read_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[list[Setting]
         return [], [f"{readers[-1]}: base: goes round in a circle: {chain}"]
     try:
         text = path.read_text("utf-8")
-        root = yaml.compose(text, Loader=_Loader)
+        root = yaml.compose(text, Loader=ConfigLoader)
     except FileNotFoundError:
         beside = [str(found) for found in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         return [], [f"{path}: no such config file{nearest(str(path), beside)}"]
@@ -233,7 +233,7 @@ def _construct(node: yaml.Node) -> Any:
             pending += [value for _, value in one.value]
         elif isinstance(one, yaml.SequenceNode):
             pending += one.value
-    loader = _Loader("")
+    loader = ConfigLoader("")
     try:
         return loader.construct_object(node, deep=True)
     finally:
@@ -264,7 +264,7 @@ def read_override(text: str) -> Setting:
     if KEY_TYPES[section].get(key) is str and not quoted:
         return Setting(section, key, raw, f"override {text!r}")
     try:
-        value = yaml.load(raw, Loader=_Loader)
+        value = yaml.load(raw, Loader=ConfigLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: {_yaml_problem(error)}") from None
     return Setting(section, key, value, f"override {text!r}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from rethinker_jax.config_file import _Loader
+from rethinker_jax.config_file import ConfigLoader
 from rethinker_jax.config_keys import nearest
 from rethinker_jax.errors import UserError
 
@@ -81,11 +81,11 @@ class Asked:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Asked:
     """Read a recipe with what the command line changes. Raises UserError with everything that is wrong."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
         doubled = [] if node is None else _doubled_keys(node)
         if doubled:
             raise UserError(f"{path}: the recipe cannot be used:\n" + "\n".join(f"  {one}" for one in doubled))
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
         recipe = TypeAdapter(Recipe).validate_python(raw)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
