@@ -110,7 +110,7 @@ class BucketsConfig:
     row_tokens: tuple[Positive, ...] = ()  # length of the update's packed rows; longer sequences are cut
     rows: tuple[Positive, ...] = ()  # packed rows of a shard; where none is enough, 16 steps a doubling
     prefix_tokens: tuple[Positive, ...] = ()  # keys before a packed row: of shared prompts and cut sequences
-    targets: tuple[Positive, ...] = ()  # completion tokens of a shard; where none is enough, 16 steps a doubling
+    targets: tuple[Positive, ...] = ()  # completion tokens of a shard
     # (rows, windows a row) of the vision tower; rows that data x fsdp does not divide are passed over.
     vision: tuple[tuple[Positive, Positive], ...] = ()
 

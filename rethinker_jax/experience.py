@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rethinker_jax import consistency, replay, rethink
+from rethinker_jax import consistency, replay
 from rethinker_jax.advantage import group_advantages
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.models.qwen25vl import Params

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import jax
 
-from rethinker_jax import replay, rethink
+from rethinker_jax import replay
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
 from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
@@ -18,21 +19,19 @@ from rethinker_jax.evaluate import Evaluation, evaluate
 from rethinker_jax.experience import (
     cut_order,
     experience_of,
-    greedy_rewards,
     loss_of,
     make_batches,
     trainer_log_probs,
-    with_advantages,
     with_trainer_log_probs,
-    with_trainer_rewards,
 )
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
-from rethinker_jax.rollout import Group, roll_out
-from rethinker_jax.run_data import Order, Splits, data_order, load_splits, next_prompts, usable_prompts
+from rethinker_jax.rollout import Group
+from rethinker_jax.rounds import Place, draw_rounds, mean_metrics
+from rethinker_jax.run_data import Order, Splits, data_order, load_splits, usable_prompts
 from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.step_metrics import (
     UpdateWork,
@@ -64,6 +63,7 @@ class Progress:
     before: dict[str, float] | None
     started: tuple[float, float]  # of wall and CPU clock, moved back by what earlier processes of this run spent
     kl_coefficient: float
+    cursor: int = 0  # the place in the data order from which the next rollout batch is drawn
 
     @property
     def spent(self) -> dict[str, float]:
@@ -156,8 +156,9 @@ def begin(
         )
     started = started[0] - saved.meta["wall_s"], started[1] - saved.meta["cpu_s"]
     coefficient = saved.meta.get("kl_coefficient", config.loss.kl_coefficient)
-    buffer = replay.from_arrays(saved.arrays)
-    return updater, Progress(saved.meta["step"], saved.state, buffer, saved.meta["before"], started, coefficient)
+    step, buffer = saved.meta["step"], replay.from_arrays(saved.arrays)
+    cursor = saved.meta.get("cursor", step * config.rollout.prompts_per_step)
+    return updater, Progress(step, saved.state, buffer, saved.meta["before"], started, coefficient, cursor)
 
 
 def train_step(
@@ -170,48 +171,50 @@ def train_step(
     progress: Progress,
     run: RunDirectory,
 ) -> tuple[dict[str, float], list[Group]]:
-    """One step: a rollout batch and its optimizer steps. Changes `progress`; returns metrics and rollouts."""
-    begin_time, compiled, step = time.monotonic(), CompileCounter(), progress.step
+    """One step: rollout batches, mostly one, and optimizer steps. Changes `progress`; returns metrics and rollouts."""
+    begin_time, compiled, epsilon = time.monotonic(), CompileCounter(), config.advantage.epsilon
+    update, n = int(jax.device_get(progress.state.num_updates)), config.rollout.samples_per_prompt
+    dynamic = config.replay.mode == "dynamic"
 
-    # prompt
-    prompts = next_prompts(config, system, problems, order, step, run)
+    # prompt, rollout, verify, advantage
+    carried = replay.young_enough(progress.buffer, config.replay, n, update) if dynamic else ()
+    num_wanted = config.rollout.prompts_per_step - len(carried) // n if dynamic else 0
+    place = Place(progress.step, progress.cursor, progress.kl_coefficient)
+    rounds = draw_rounds(
+        config, system, updater, progress.state, problems, order, scorer, run, place, num_wanted
+    )  # fmt: skip
+    groups, progress.cursor = rounds.groups, rounds.cursor
+    metrics = rounds.metrics | rollout_metrics(groups, epsilon) | sampling_metrics(rounds.rolled)
 
-    # rollout, verify
-    forced = rethink.active(config.rethink, step)
-    sampling_params = system.sampling_params(progress.state.params)
-    rolled = roll_out(system, sampling_params, prompts, config, scorer, step, forced=forced)
-    greedy = greedy_rewards(config, system, sampling_params, prompts, scorer, step)
-    del sampling_params
-    rollout_time = time.monotonic()
-    groups, metrics = with_trainer_rewards(
-        rolled.groups, config, system, updater, progress.state, progress.kl_coefficient
-    )
-
-    # advantage
-    groups = with_advantages(groups, config, greedy)
-    metrics |= rollout_metrics(groups, config.advantage.epsilon) | sampling_metrics(rolled)
-    update, prompt_of = int(jax.device_get(progress.state.num_updates)), dict(prompts)
-    experiences = [experience_of(group, rollout, update) for group in groups for rollout in group.rollouts]
+    # replay
+    prompt_of = {group.problem: group.prompt for group in groups}
+    drawn = [[experience_of(group, rollout, update) for rollout in group.rollouts] for group in groups]
+    shared = replay.Share((), tuple(itertools.chain(*drawn)), ())
+    if dynamic:
+        shared = replay.share_out(drawn, carried, config.rollout.prompts_per_step * n, epsilon)
+        metrics |= {"resample_rounds": rounds.num_resamples, "resampled_groups": rounds.num_later}
+        metrics["carried_groups"] = len(shared.surplus) // n
     if trainer_log_probs(config, system):
-        experiences, gaps = with_trainer_log_probs(
-            config, system, updater, progress.state.params, experiences, prompt_of
-        )
-        metrics |= gaps
+        rows, split = [*shared.fresh, *shared.surplus], len(shared.fresh)
+        rows, gaps = with_trainer_log_probs(config, system, updater, progress.state.params, rows, prompt_of)
+        shared, metrics = replay.Share(shared.carried, tuple(rows[:split]), tuple(rows[split:])), metrics | gaps
+    if dynamic:
+        progress.buffer = shared.surplus
+    experiences = cut_order(config, [*shared.carried, *shared.fresh], progress.step)
 
-    # replay, update
-    follow_kl(config, progress, metrics, len(experiences))
-    experiences = cut_order(config, experiences, step)
+    # update
+    follow_kl(config, progress, metrics, len(groups) * n)
     made, work = learn(config, system, updater, problems, experiences, prompt_of, progress, run)
     metrics |= made
     refuse_bad_updates(config, progress)
 
     progress.step += 1
     metrics["replay_size"] = len(progress.buffer)
-    metrics["seconds_waiting_for_verdicts"] = rolled.seconds_waited
+    metrics["seconds_waiting_for_verdicts"] = rounds.rolled.seconds_waited
     metrics["seconds_compile"] = compiled.seconds
     peak = peak_flops(jax.devices()[0].device_kind, config.run.peak_tflops, system.dtype)
     seconds = time.monotonic() - begin_time
-    metrics |= speed_metrics(system.model.config, groups, work, seconds, rollout_time - begin_time, peak)
+    metrics |= speed_metrics(system.model.config, groups, work, seconds, rounds.seconds, peak)
     return metrics, groups
 
 
@@ -230,11 +233,12 @@ def learn(
     `prompt_of` has the prompts of `experiences` by row number; those of replayed rows are added.
     """
     found, work, begin_time = [], UpdateWork(), time.monotonic()
+    drawn_at = int(jax.device_get(progress.state.num_updates))
     for start in range(0, len(experiences), config.training.batch_size):
         raw = experiences[start : start + config.training.batch_size]
         update = int(jax.device_get(progress.state.num_updates))
         epsilon, name = config.advantage.epsilon, (config.run.seed, update)
-        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, experiences)
+        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, experiences, drawn_at)
         progress.buffer = chosen.buffer
         sums: dict[str, Any] = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
@@ -255,8 +259,7 @@ def learn(
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, epsilon, update, sums))
     work.seconds = time.monotonic() - begin_time
-    names = dict.fromkeys(key for one in found for key in one)
-    return {key: share([one[key] for one in found if key in one]) for key in names}, work
+    return mean_metrics(found), work
 
 
 def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], num_rows: int) -> None:
@@ -279,7 +282,7 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
 
 def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
-    meta["kl_coefficient"] = progress.kl_coefficient
+    meta |= {"kl_coefficient": progress.kl_coefficient, "cursor": progress.cursor}
     store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer), meta))
 
 

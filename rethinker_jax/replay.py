@@ -16,7 +16,11 @@ deque       The code of 22 April: a bootstrap as large as the effective rows of 
             replacement from both, and held no row to an age; here `replay.capacity`, `.replacement` and `.max_age`.
             The head (24 April) fills up to half a rollout only, behind a flag that never reaches it.
 
-Everywhere P(j) ∝ |advantage|^alpha (the code's |advantage| + 1e-4 has no alpha), and there is one buffer for the run,
+Beside `ssr` there are modes without a buffer to draw from: `none`, `filter`, and `dynamic`, dynamic sampling in the
+manner of DAPO (arXiv 2503.14476, §3.2): prompts are drawn until enough groups have an advantage, and groups that are
+too many are trained on in the next step (DAPO's code drops them).
+
+In `ssr` P(j) ∝ |advantage|^alpha (the code's |advantage| + 1e-4 has no alpha), and there is one buffer for the run,
 not one a process as in the code: all rows come in, in the same order in each process, and draws are named by the seed
 and the optimizer step. Replayed rows keep the advantage and the log-probs that they were drawn with, so the ratio of
 the loss sees how far the policy has moved since, and clips.
@@ -69,6 +73,7 @@ def select(
     epsilon: float,
     name: tuple[int, int],
     rollout: Sequence[Experience] | None = None,
+    drawn_at: int = 0,
 ) -> Selection:
     """The rows of one optimizer step from its share `raw` of the `rollout` (None: all of it) and from the buffer.
 
@@ -78,8 +83,9 @@ def select(
     without an effective row, adds nothing: the selection may be smaller than `raw` then, or empty. `name` = (seed,
     optimizer step) names the randomness, and the step decides when the buffer is cleared and how old its rows are.
 
-    Mode `filter` takes the effective rows and never fills up (the released code repeats them until the batch is full);
-    `none` takes all rows, as plain GRPO.
+    Mode `filter` takes the effective rows and never fills up (the released code repeats them until the batch is full).
+    `dynamic` takes the same ones of a step that `share_out` filled; rows from before `drawn_at`, the optimizer step at
+    which the step's own rows were drawn, count as replayed, and the buffer stays. `none` takes all, as plain GRPO.
     """
     if config.mode == "none":
         return Selection(tuple(raw), (), ())
@@ -91,6 +97,9 @@ def select(
     )
     if config.mode == "filter":
         return Selection((*effective, *riders), (), ())
+    if config.mode == "dynamic":
+        fresh = tuple(row for row in (*effective, *riders) if row.update >= drawn_at)
+        return Selection(fresh, tuple(row for row in (*effective, *riders) if row.update < drawn_at), tuple(buffer))
     ones, places = (1.0,) * len(riders), len(raw) - len(riders)
     if config.form == "bootstrap":
         pool = effective if rollout is None else effective_rows(rollout, epsilon)
@@ -102,6 +111,41 @@ def select(
     kept = _refilled(buffer, effective, config, name[1])
     found = _draw_rows(kept, places - len(current), config, np.random.default_rng([*name, 0x55B]), config.replacement)
     return Selection((*current, *riders), found[0], kept, (*current_weights, *ones, *found[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of a step under mode `dynamic`: `carried` from the steps before and `fresh` ones; `surplus` waits."""
+
+    carried: tuple[Experience, ...]
+    fresh: tuple[Experience, ...]
+    surplus: tuple[Experience, ...]
+
+
+def young_enough(
+    buffer: Sequence[Experience], config: ReplayConfig, group_size: int, update: int
+) -> tuple[Experience, ...]:
+    """Of the groups that wait in `buffer`, rows of a group one behind the other, those within `max_age` at `update`."""
+    groups = [buffer[start : start + group_size] for start in range(0, len(buffer), group_size)]
+    limit = config.max_age
+    return tuple(row for group in groups for row in group if not limit or update - group[0].update <= limit)
+
+
+def share_out(
+    groups: Sequence[Sequence[Experience]], carried: Sequence[Experience], num_rows: int, epsilon: float
+) -> Share:
+    """`num_rows` rows for a step: the carried groups, then those of `groups` with an advantage, in their order.
+
+    Where these are too few, the other groups follow, as far as there are places, those with a supervised row first:
+    `select` will leave their rows out, but for the supervised ones. Of too many, the last wait for the next step.
+    """
+    teaching = [group for group in groups if effective_rows(group, epsilon)]
+    others = [group for group in groups if not effective_rows(group, epsilon)]
+    others.sort(key=lambda group: not any(row.nll_mask.any() for row in group))
+    rows = [row for group in teaching for row in group]
+    places = num_rows - len(carried)
+    fillers = [row for group in others for row in group][: max(places - len(rows), 0)]
+    return Share(tuple(carried), (*rows[:places], *fillers), tuple(rows[places:]))
 
 
 def effective_rows(rows: Sequence[Experience], epsilon: float) -> tuple[Experience, ...]:

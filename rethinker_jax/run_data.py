@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rethinker_jax.config import Config
 from rethinker_jax.curation.curriculum import CurriculumOrder, easiness_of
@@ -80,16 +80,26 @@ def data_order(config: Config, problems: Sequence[Problem]) -> Order:
 
 
 def next_prompts(
-    config: Config, system: System, problems: Sequence[Problem], order: Order, step: int, run: RunDirectory
+    config: Config,
+    system: System,
+    problems: Sequence[Problem],
+    order: Order,
+    cursor: int,
+    step: int,
+    run: RunDirectory,
+    taken: Collection[int] = (),
 ) -> list[tuple[int, Prompt]]:
-    """The prompts of a step with their row numbers: a function of (seed, step). A row met twice is taken once.
+    """The prompts of a rollout batch with their row numbers, at `rollout.prompts_per_step` places from `cursor` on.
 
-    Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to `run.max_bad_rows`.
+    A row met twice is taken once, and one that was `taken` in this step already not at all: its samples would be the
+    same. Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to
+    `run.max_bad_rows`. Raises UserError where no row is left and none was taken.
     """
     count = config.rollout.prompts_per_step
-    rows = dict.fromkeys(order[step * count + place] for place in range(count))
-    prompts = usable_prompts(config, system, [(row, problems[row]) for row in rows], step, run)
-    if not prompts:
+    rows = dict.fromkeys(order[cursor + place] for place in range(count))
+    wanted = [(row, problems[row]) for row in rows if row not in taken]
+    prompts = usable_prompts(config, system, wanted, step, run)
+    if not prompts and not taken:
         raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     return prompts
 

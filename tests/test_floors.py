@@ -17,6 +17,7 @@ FLOORS = (
     {
         "system",
         "rollout",
+        "rounds",
         "experience",
         "evaluate",
         "evaluation",

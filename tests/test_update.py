@@ -375,16 +375,17 @@ def test_micro_batches_have_one_shape(tiny):
     them; a micro-batch without images has room for some, and without a row at all there is one batch."""
     rows = make_rows(tiny)
     wide = tiny.system.builder.build(Problem("wide", "<image>?", "2", (png(252, 168, 4),)))
-    none = dataclasses.replace(rows[1])
+    words = tiny.system.builder.build(Problem("long", "What is 2 + 3? " * 6, "5"))
+    none = dataclasses.replace(rows[1], prompt=words)
     mixed = [rows[0], dataclasses.replace(rows[1], prompt=wide), rows[2], none]
     packed = pack_micro_batches(mixed, tiny.system.geometry, LENGTH, 5, 1)
-    assert sorted(packed.rows) == [(0,), (1,), (2,), (3,)]
-    chunks = [packed.batches[packed.rows.index((number,))] for number in range(4)]
+    assert sorted(packed.rows) == [(0, 2), (1,), (3,)]  # a micro-batch has room for the longest row
+    chunks = [packed.batches[packed.rows.index(numbers)] for numbers in ((0, 2), (1,), (3,))]
     assert len({str([leaf.shape for leaf in jax.tree.leaves(chunk)]) for chunk in chunks}) == 1
     visions = [chunk.vision for chunk in chunks if chunk.vision is not None]
     # Segments count the images of a vision row from 1; 0 is padding.
     seen = [len({(r, s) for r, row in enumerate(vision.segment) for s in row if s}) for vision in visions]
-    assert seen == [1, 1, 2, 0]
+    assert seen == [3, 1, 0]
     # The first patch of every image token is its own, in row-major order of the picture.
     unit = tiny.system.geometry.unit_patches
     index = chunks[1].text.image_index[chunks[1].text.image_index >= 0]

@@ -80,7 +80,8 @@ def update_flops(
     """Of a forward and backward pass. With adapters nothing else is trained; their own products are not counted."""
     images = image_work(config, grids)
     decoder = THROUGH if adapters or "decoder" in freeze else BACKWARD
-    vision, merger = (THROUGH if adapters else 1 if part in freeze else BACKWARD for part in ("vision", "merger"))
+    trained = THROUGH if adapters else BACKWARD
+    vision, merger = (1 if part in freeze else trained for part in ("vision", "merger"))
     if merger == 1 and vision > 1:
         merger = THROUGH
     if "decoder" in freeze and max(vision, merger) == 1 and not adapters:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask
 from rethinker_jax.models.attention_kernels import PLAIN, Attention
+from rethinker_jax.models.gather import take_rows
 from rethinker_jax.models.layers import Remat, recomputed
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.rope import text_angles
@@ -69,7 +70,7 @@ class Model:
         image_table: Float[Array, "merged d_model"] | None = None,
     ) -> Float[Array, "batch seq d_model"]:
         """Token embeddings, with image tokens (image_index ≥ 0) taken from `image_table`."""
-        x = params["text"]["embedding"][token_ids]
+        x = take_rows(params["text"]["embedding"], token_ids)
         if image_table is None or image_index is None:
             return x
         return jnp.where(image_index[..., None] >= 0, image_table[jnp.maximum(image_index, 0)].astype(x.dtype), x)

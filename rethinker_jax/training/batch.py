@@ -13,7 +13,7 @@ import numpy as np
 
 from rethinker_jax.config import BucketsConfig
 from rethinker_jax.prompts.batch import table_rows, unique_images
-from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, bucket, choose_bucket, pack_images
+from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, choose_bucket, pack_images
 from rethinker_jax.training.packing import Group, PackedRow, Piece, pack_cell, spread
 from rethinker_jax.types import ImagePatches, Prompt
 
@@ -149,24 +149,25 @@ def pack_micro_batches(
     if len(rows) > num_rows:
         raise ValueError(f"pack_micro_batches wants at most {num_rows} rows, got {len(rows)}")
     groups = group_rows(rows)
-    total = sum(group.num_tokens for group in groups)
-    num_batches = -(-total // (micro_tokens * shards)) if micro_tokens else 1
-    num_batches = max(1, min(num_batches, sum(len(group.rows) for group in groups)))
+    room = max([micro_tokens, *(len(row.prompt) + len(row.completion_ids) for row in rows)]) if micro_tokens else 0
+    num_batches = _num_batches(groups, room * shards)
     cells = spread(groups, num_batches * shards)
     row_tokens = _row_tokens(rows, groups, buckets)
     packed = [pack_cell(cell, row_tokens) for cell in cells]
+    num_targets = max(sum(sum(group.completion_tokens) for group in cell) for cell in cells)
     members = [list(range(len(rows)))]  # of a single batch: rows without a completion keep their places
     if num_batches > 1:
         members = [
             sorted(row for cell in cells[start : start + shards] for group in cell for row in group.rows)
             for start in range(0, len(cells), shards)
         ]
+        members[0] += [row for row, one in enumerate(rows) if not len(one.completion_ids)]
     shape = _Shape(
-        rows=_size(max(map(len, packed)), buckets.rows),
+        rows=_num_packed(max(map(len, packed), default=0) or 1, buckets.rows),
         row_tokens=row_tokens,
         prefix=_prefix_tokens(packed, buckets),
-        targets=_size(max(sum(sum(group.completion_tokens) for group in cell) for cell in cells), buckets.targets),
-        train_rows=num_rows if num_batches == 1 else bucket(max(map(len, members))),
+        targets=choose_bucket(max(num_targets, 1), buckets.targets),
+        train_rows=num_rows if num_batches == 1 else 1 << (max(map(len, members)) - 1).bit_length(),
         length=round_up(completion_length, COMPLETION_STEP),
         two_samplers=any(row.sampler_log_probs is not None for row in rows),
     )
@@ -221,10 +222,17 @@ def _row_tokens(rows: Sequence[TrainRow], groups: Sequence[Group], buckets: Buck
     return choose_bucket(min(longest, max(buckets.row_tokens, default=LONGEST_ROW)), buckets.row_tokens, SEQ_MINIMUM)
 
 
-def _size(number: int, sizes: Sequence[int]) -> int:
-    """The smallest of `sizes` that holds `number`; where there is none, 16 steps a doubling: 6 % more at the most."""
-    step = 1 << max(0, (max(number, 1) - 1).bit_length() - 5)
-    return min((size for size in sizes if size >= number), default=round_up(number, step))
+def _num_batches(groups: Sequence[Group], room: int) -> int:
+    """How many micro-batches of about `room` tokens hold the groups; 0 = one."""
+    total = sum(group.num_tokens for group in groups)
+    wanted = -(-total // room) if room else 1
+    return max(1, min(wanted, sum(len(group.rows) for group in groups)))
+
+
+def _num_packed(needed: int, sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` that is enough; where there is none, 16 steps a doubling: 6 % more at the most."""
+    step = 1 << max(0, (needed - 1).bit_length() - 5)
+    return min((size for size in sizes if size >= needed), default=round_up(needed, step))
 
 
 def _prefix_tokens(packed: Sequence[Sequence[PackedRow]], buckets: BucketsConfig) -> int:

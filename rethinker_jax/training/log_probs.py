@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import Attention
+from rethinker_jax.models.gather import take_rows
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.training.batch import PackedText, TrainBatch
 
@@ -54,7 +55,7 @@ def _attend_packed(
     prefix = None
     if text.prefix_index.shape[-1]:
         index = text.prefix_index.reshape(shards, -1)
-        keys, values = by_rows(take_tokens(key, index)), by_rows(take_tokens(value, index))
+        keys, values = by_rows(jax.vmap(take_rows)(key, index)), by_rows(jax.vmap(take_rows)(value, index))
         prefix = Prefix(
             keys,
             values,
@@ -66,27 +67,6 @@ def _attend_packed(
     return context.reshape(query.shape), cache
 
 
-@jax.custom_vjp
-def take_tokens(
-    x: Float[Array, "shards tokens kv_heads head_dim"], index: Int[Array, "shards taken"]
-) -> Float[Array, "shards taken kv_heads head_dim"]:
-    """Each shard's tokens by number. What comes back to a token that was taken often is summed in float32."""
-    return jnp.take_along_axis(x, index[..., None, None], axis=1)
-
-
-def _take_forward(x: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return take_tokens(x, index), (index, jnp.zeros((x.shape[1], 0), x.dtype))
-
-
-def _take_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
-    index, like = residuals
-    summed = jax.vmap(lambda index, rows: jnp.zeros((like.shape[0], *rows.shape[1:]), jnp.float32).at[index].add(rows))
-    return summed(index, gradient.astype(jnp.float32)).astype(like.dtype), None
-
-
-take_tokens.defvjp(_take_forward, _take_backward)
-
-
 def token_log_probs(
     model: Model,
     params: Params,
@@ -96,8 +76,8 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk. Chunks are
-    recomputed in the backward pass, but for a single one. Without its gradient the entropy costs nothing there.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk, and the
+    backward pass recomputes chunks, but for a single one. Without its gradient the entropy costs nothing there.
     """
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))

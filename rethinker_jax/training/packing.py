@@ -10,13 +10,13 @@ prompt's last token, which predicts the first one: so every prediction lies in t
 """
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence
 
-FILL = 0.97  # of the packed rows, that is aimed at
-LEAST_HOLE = 0.02  # of a packed row: a smaller one is left empty
-MOST_SKEW = 1.05  # of the fullest cell to the mean, above which groups are halved
-MOST_HALVINGS = 64
+FILL = 0.99  # of the packed rows, that is aimed at
+LEAST_HOLE = 0.01  # of a packed row: a smaller one is left empty
+MOST_SKEW = 1.02  # of the fullest cell to the mean, above which groups are halved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def spread(groups: Sequence[Group], num_cells: int) -> list[list[Group]]:
     """
     groups = list(groups)
     best = cells = _fill(groups, num_cells)
-    for _ in range(MOST_HALVINGS):
+    for _ in range(sum(len(group.rows) for group in groups)):
         divisible = [group for group in max(cells, key=_load) if len(group.rows) > 1]
         if not divisible or max(map(_load, best)) * num_cells <= MOST_SKEW * sum(map(_load, best)):
             break
@@ -112,11 +112,11 @@ def _load(cell: Sequence[Group]) -> int:
 
 def _fill(groups: Sequence[Group], num_cells: int) -> list[list[Group]]:
     cells: list[list[Group]] = [[] for _ in range(num_cells)]
-    loads = [0] * num_cells
+    loads = [(0, cell) for cell in range(num_cells)]  # a heap; ties go to the first cell, as before
     for group in sorted(groups, key=lambda group: -group.num_tokens):
-        emptiest = loads.index(min(loads))
+        load, emptiest = loads[0]
         cells[emptiest].append(group)
-        loads[emptiest] += group.num_tokens
+        heapq.heapreplace(loads, (load + group.num_tokens, emptiest))
     return cells
 
 
@@ -138,12 +138,13 @@ def pack_cell(cell: Sequence[Group], row_tokens: int) -> list[PackedRow]:
     """The cell's sequences in about as few rows of `row_tokens` as hold them.
 
     The longest goes first, into the fullest row with room for it, of those whose prefix it does not lengthen if there
-    is one. Where none has room, it is cut to fill the emptiest row, and the rest waits for its turn. No row's prefix
-    grows above the longest that a piece may need plus one prompt more.
+    is one. Where none has room, it is cut to fill the emptiest row, and the rest waits for its turn. How long the
+    prefix of a row may grow is bounded, at no less than twice what one piece may need and a prompt more.
     """
     waiting = sorted(sequences_of(cell), key=lambda piece: piece.num_tokens)
     needs = [cell[piece.group].shared_tokens + piece.num_tokens for piece in waiting if piece.row is not None]
-    limit = max(needs, default=0) + max((group.prompt_tokens for group in cell), default=0)
+    longest = max(needs, default=0) + max((group.prompt_tokens for group in cell), default=0)
+    limit = max(2 * longest, 4 * row_tokens)
     num_rows = math.ceil(sum(piece.num_tokens for piece in waiting) / (FILL * row_tokens))
     rows = [PackedRow() for _ in range(num_rows)]
     while waiting:
