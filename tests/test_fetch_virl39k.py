@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from miniature_files import MINIATURES
 from PIL import Image
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.prompts.dataset import read_problems
 
-ROWS: list[dict[str, Any]] = [json.loads(line) for line in (MINIATURES / "virl39k.jsonl").read_text().splitlines()]
+DATA = Path(__file__).parent / "data"
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in (DATA / "virl39k.jsonl").read_text().splitlines()]
 PATHS = [path for row in ROWS for path in row["image"]]
 
 

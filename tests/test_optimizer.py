@@ -342,5 +342,5 @@ def test_wrong_keys_are_refused_with_one_message(override, part):
 
 
 def test_rates_can_be_set_one_by_one():
-    config = load_defaults(["optimizer.rates.vision=0.1", "optimizer.rates.adapters=2"])
-    assert dict(config.optimizer.rates) == {"vision": 0.1, "adapters": 2.0}
+    config = load_defaults(["optimizer.rates.vision=0.1", "optimizer.rates.merger=2"])
+    assert dict(config.optimizer.rates) == {"vision": 0.1, "merger": 2.0}
