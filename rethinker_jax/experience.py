@@ -16,7 +16,8 @@ from rethinker_jax.rewards.terms import add_part
 from rethinker_jax.rollout import Group, budgets_of, roll_out
 from rethinker_jax.step_metrics import share
 from rethinker_jax.system import System, pack_to_train
-from rethinker_jax.training.batch import COMPLETION_STEP, Packed, TrainRow, round_up
+from rethinker_jax.training.batch import COMPLETION_STEP, Packed, round_up
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.losses import kl_estimate
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Prompt, Rollout

@@ -30,12 +30,13 @@ from rethinker_jax.models.parts import count_parameters
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
-from rethinker_jax.rounds import Place, draw_rounds, mean_metrics
+from rethinker_jax.rounds import Place, draw_rounds
 from rethinker_jax.run_data import Order, Splits, data_order, load_splits, usable_prompts
 from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.step_metrics import (
     UpdateWork,
     batch_metrics,
+    mean_metrics,
     packing_metrics,
     rollout_metrics,
     sampling_metrics,

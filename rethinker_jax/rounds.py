@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rethinker_jax import rethink
 from rethinker_jax.config import Config
@@ -12,7 +12,7 @@ from rethinker_jax.rollout import Group, Rolled, SecondPass, roll_out
 from rethinker_jax.run_data import Order, next_prompts
 from rethinker_jax.run_directory import RunDirectory
 from rethinker_jax.sampling.requests import Counters
-from rethinker_jax.step_metrics import share
+from rethinker_jax.step_metrics import mean_metrics, share
 from rethinker_jax.system import System
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem
@@ -131,9 +131,3 @@ def _sum_counters(counters: Sequence[Counters]) -> Counters:
     counts["cache_bytes"] = max(one.cache_bytes for one in counters)
     fills = (share([one.prompt_fill for one in counters]), share([one.vision_fill for one in counters]))
     return Counters(**counts, prompt_fill=fills[0], vision_fill=fills[1])
-
-
-def mean_metrics(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each metric the mean over those that have it."""
-    names = dict.fromkeys(key for one in found for key in one)
-    return {key: share([one[key] for one in found if key in one]) for key in names}

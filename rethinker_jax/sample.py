@@ -32,7 +32,8 @@ from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
 from rethinker_jax.system import System, load_system, make_updater, model_directory
-from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.types import Completion, Problem, Prompt
 
 

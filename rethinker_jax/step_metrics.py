@@ -25,6 +25,12 @@ def share(values: Sequence[Any]) -> float:
     return float(np.mean(np.asarray(values, np.float64))) if len(values) else float("nan")
 
 
+def mean_metrics(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each metric the mean over those that have it."""
+    names = dict.fromkeys(key for one in found for key in one)
+    return {key: share([one[key] for one in found if key in one]) for key in names}
+
+
 def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Means of the reward's terms, over the responses that have them, and how many lack the judge's value."""
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)

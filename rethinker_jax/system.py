@@ -27,7 +27,8 @@ from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry
 from rethinker_jax.sampling.prefill import sampling_layout
 from rethinker_jax.sampling.sampler import Sampler
-from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import Packed, pack_micro_batches
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.optimizer import make_optimizer
 from rethinker_jax.training.update import AverageRule, Updater, UpdateRule
 

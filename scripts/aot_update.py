@@ -31,7 +31,8 @@ from rethinker_jax.models.qwen_config import QwenConfig, read_config
 from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, row_shards
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.prompts.windows import VisionGeometry
-from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import Packed, pack_micro_batches
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.optimizer import make_optimizer
 from rethinker_jax.training.update import Updater, UpdateRule, batch_shardings, stack_batches
 from rethinker_jax.types import ImagePatches, Problem, Prompt

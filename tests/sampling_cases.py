@@ -26,7 +26,8 @@ from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.update import Updater
 from rethinker_jax.types import Completion, Prompt
 

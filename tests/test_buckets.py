@@ -15,7 +15,8 @@ from rethinker_jax.prompts.windows import choose_bucket
 from rethinker_jax.sampling.sampler import Budgets, Counters, Request
 from rethinker_jax.step_metrics import packing_metrics
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import Packed, pack_micro_batches
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import Problem, Prompt
 

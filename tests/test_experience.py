@@ -16,7 +16,8 @@ from rethinker_jax.experience import with_consistency
 from rethinker_jax.rollout import Group
 from rethinker_jax.sampling.sampler import Budgets, Request
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.update import Updater
 from rethinker_jax.types import Rollout
 from rethinker_jax.verify.judge import judge

@@ -34,8 +34,9 @@ from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings
 from rethinker_jax.sft import fine_tune
 from rethinker_jax.system import EXAMPLE_MODEL, load_system, make_updater
-from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
 from rethinker_jax.training.checkpoint import CheckpointStore
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.types import Problem
 
 __all__ = ["directory"]

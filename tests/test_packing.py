@@ -14,7 +14,8 @@ from rethinker_jax.config import BucketsConfig, Config, DataConfig, LossConfig, 
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import Packed, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import Packed, pack_micro_batches
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.packing import Group, Piece, pack_cell, sequences_of, spread
 from rethinker_jax.training.update import Updater
 from rethinker_jax.types import Problem, Prompt

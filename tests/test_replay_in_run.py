@@ -28,7 +28,7 @@ from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
 from rethinker_jax.run_directory import RunDirectory
 from rethinker_jax.system import System, load_system
-from rethinker_jax.training.batch import PackedText, TrainBatch
+from rethinker_jax.training.layout import PackedText, TrainBatch
 from rethinker_jax.training.optimizer import make_optimizer
 from rethinker_jax.training.update import TrainState, Updater, UpdateRule
 from rethinker_jax.verify.pool import VerifierPool

@@ -19,7 +19,8 @@ from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.prompts.batch import pack_prompts
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training import log_probs as log_probs_module
-from rethinker_jax.training.batch import TrainRow, pack_micro_batches, pack_rows
+from rethinker_jax.training.batch import pack_micro_batches, pack_rows
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.training.log_probs import token_log_probs
 from rethinker_jax.training.optimizer import learning_rate_schedule
 from rethinker_jax.training.update import Updater

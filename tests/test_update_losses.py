@@ -26,7 +26,8 @@ from rethinker_jax.experience import (
 )
 from rethinker_jax.rollout import Group
 from rethinker_jax.system import System, load_system, make_updater
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import pack_micro_batches
+from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.update import TrainState, Updater
 from rethinker_jax.types import FIRST, SECOND, TRIGGER, Completion, Problem, Prompt, Rollout, Verdict
 

@@ -12,7 +12,8 @@ import pytest
 from rethinker_jax.config import BucketsConfig
 from rethinker_jax.models.qwen25vl import Model
 from rethinker_jax.prompts.windows import VisionGeometry
-from rethinker_jax.training.batch import BY_NEED, Packed, TrainBatch, TrainRow, pack_micro_batches
+from rethinker_jax.training.batch import BY_NEED, Packed, pack_micro_batches
+from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.packing import Group, pack_cell, spread
 from rethinker_jax.types import ImagePatches, Problem, Prompt
 

@@ -20,7 +20,8 @@ from test_update import png
 from rethinker_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, place_rows, row_shards, spec_for
 from rethinker_jax.system import System, load_system, make_updater, training_shardings
-from rethinker_jax.training.batch import TrainBatch, TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.update import TrainState
 from rethinker_jax.types import Problem
 

@@ -26,7 +26,8 @@ from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.output_files import Row, check_writable, versions, write_whole
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.system import System, make_updater
-from rethinker_jax.training.batch import TrainRow, pack_rows
+from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.types import Problem
 
 

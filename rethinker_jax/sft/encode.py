@@ -7,7 +7,7 @@ import numpy as np
 
 from rethinker_jax.prompts.build import BadPrompt, PromptBuilder
 from rethinker_jax.sft.conversation import ChatFrame, SftRow, chat_frame, completion_tokens, system_turn
-from rethinker_jax.training.batch import TrainRow
+from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.types import Prompt
 
 

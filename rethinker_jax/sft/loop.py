@@ -33,8 +33,8 @@ from rethinker_jax.sft.samples import NUM_SAMPLES, write_samples
 from rethinker_jax.sft.validation import measure
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater, pack_to_train
-from rethinker_jax.training.batch import TrainBatch, TrainRow
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
+from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.update import TrainState, Updater
 
 SFT_LOSS = LossConfig(nll_coefficient=1.0)

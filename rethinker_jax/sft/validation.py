@@ -10,7 +10,7 @@ import numpy as np
 from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.sharding import place_rows
-from rethinker_jax.training.batch import TrainBatch
+from rethinker_jax.training.layout import TrainBatch
 from rethinker_jax.training.log_probs import CHUNK_BYTES, packed_hidden
 from rethinker_jax.training.update import Updater, UpdateRule
 

@@ -13,7 +13,7 @@ from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.gather import take_rows
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.training.batch import PackedText, TrainBatch
+from rethinker_jax.training.layout import PackedText, TrainBatch
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once on a shard
 
@@ -59,10 +59,10 @@ def _attend_packed(
         prefix = Prefix(
             keys,
             values,
-            by_rows(text.prefix_segments.reshape(shards, -1)),
-            by_rows(text.query_segments.reshape(shards, -1)),
+            text.prefix_segments.reshape(shards * rows, -1),
+            text.query_segments.reshape(shards * rows, -1),
         )
-    mask = Mask(causal=True, segments=by_rows(text.segments.reshape(shards, -1)))
+    mask = Mask(causal=True, segments=text.segments.reshape(shards * rows, -1))
     context = attention(by_rows(query), by_rows(key), by_rows(value), mask, prefix)
     return context.reshape(query.shape), cache
 

@@ -17,7 +17,7 @@ from rethinker_jax.models.parts import join_params, split_params
 from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params
 from rethinker_jax.models.sharding import place_rows, row_shardings
-from rethinker_jax.training.batch import TrainBatch
+from rethinker_jax.training.layout import TrainBatch
 from rethinker_jax.training.log_probs import completion_log_probs
 from rethinker_jax.training.losses import POLICY_LOSSES, PolicyLoss, kl_estimate, token_weights, truncated_importance
 from rethinker_jax.training.offload import host_shardings
