@@ -5,6 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def object_of(line: bytes | str) -> dict[str, Any]:
+    """The JSON object of one line. Raises ValueError where it is something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({type(error).__name__})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is wanted, not {type(row).__name__}")
+    return row
+
+
 def with_keys(line: bytes, added: Mapping[str, Any]) -> bytes:
     """The line of a JSON object with keys added, its end included.
 

@@ -23,9 +23,18 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 @pytest.fixture(scope="module")
 def script() -> Generator[ModuleType]:
+    yield from imported("bench_update")
+
+
+@pytest.fixture(scope="module")
+def floor() -> Generator[ModuleType]:
+    yield from imported("bench_floor")
+
+
+def imported(name: str) -> Generator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))  # it imports bench_sampling
-        yield importlib.import_module("bench_update")
+        patch.syspath_prepend(str(SCRIPTS))  # they import each other
+        yield importlib.import_module(name)
 
 
 def smallest_config() -> QwenConfig:
@@ -56,17 +65,21 @@ def smallest_config() -> QwenConfig:
         (False, 6 * 3887104 + 42 * 240 + 168 * 16 + 18 * 80, 6 * 9252864 + 3 * (42 * 240 + 168 * 16 + 18 * 80)),
     ],
 )
-def test_work_of_a_step(script: ModuleType, shared: bool, rollout: int, update: int) -> None:
+def test_work_of_a_step(floor: ModuleType, shared: bool, rollout: int, update: int) -> None:
     """Catches a last token that is fed, masked pairs that are counted, and prompts shared in one phase only."""
-    work = script.step_work(smallest_config(), prompts=2, samples=3, prompt_tokens=5, new_tokens=3, shared=shared)
+    work = floor.step_work(smallest_config(), prompts=2, samples=3, prompt_tokens=5, new_tokens=3, shared=shared)
     assert {phase: one.flops for phase, one in work.items()} == {"rollout": rollout, "update": update}
 
 
-def test_rates_are_of_every_shape(script: ModuleType) -> None:
+def test_rates_are_of_every_shape(floor: ModuleType) -> None:
     """Catches a product whose rate was not measured, so that the floor has no time for it, and a rate no core has."""
-    products = [script.Product(4, 8, 16, 3), script.Product(5000, 8, 16, 1), script.Product(4, 8, 16, 1)]
-    rates = script.measure_rates(products, seconds=0.001)
-    assert set(rates) == {(4, 8, 16), (script.MAX_MEASURED_ROWS, 8, 16)}
+    products = [
+        floor.Product(4, 8, 16, 3),
+        floor.Product(5000, 8, 16, 1),
+        floor.Product(4, 8, 16, 1),
+    ]
+    rates = floor.measure_rates(products, seconds=0.001)
+    assert set(rates) == {(4, 8, 16), (floor.MAX_MEASURED_ROWS, 8, 16)}
     assert all(1e5 < rate < 1e13 for rate in rates.values())
 
 

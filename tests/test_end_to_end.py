@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import REPOSITORY, TIMEOUT_S, num_lines, start, stop_when
 
 from rethinker_jax.example.dataset import write_split
 from rethinker_jax.main import main
@@ -24,8 +24,6 @@ from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.weights import load_params
 from rethinker_jax.system import EXAMPLE_MODEL
 
-REPOSITORY = Path(__file__).parent.parent
-TIMEOUT_S = 600
 SMALL = """
 base: package:example
 run: {num_steps: 4, save_every: 1, rollouts_every: 1, keep_checkpoints: 3}
@@ -53,17 +51,6 @@ CLOCKS = (
 )
 
 
-def start(*words: str | Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rethinker_jax.main", *map(str, words)],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-            cwd=log.parent,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-
-
 def run(*words: str | Path, log: Path, **environment: str) -> str:
     """Runs a command that must succeed; returns what it printed."""
     before = log.stat().st_size if log.exists() else 0
@@ -71,22 +58,6 @@ def run(*words: str | Path, log: Path, **environment: str) -> str:
     printed = log.read_bytes()[before:].decode()
     assert code == 0, printed
     return printed
-
-
-def stop_when(ready: Callable[[], bool], number: signal.Signals, *words: str | Path, log: Path) -> int:
-    """Starts a command, sends it a signal as soon as `ready()`, and returns its exit code (-9 for SIGKILL)."""
-    process = start(*words, log=log)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not ready():
-        assert process.poll() is None, f"ended before it could be stopped:\n{log.read_text()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(TIMEOUT_S)
-
-
-def num_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,7 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commands import REPOSITORY, num_lines, stop_when
 from jax.sharding import Mesh
 
 from rethinker_jax.config import Config
@@ -36,11 +34,9 @@ from rethinker_jax.pipeline.stages import final_config, write_part
 from rethinker_jax.prompts.dataset import _hub_rows, read_problems
 from rethinker_jax.system import EXAMPLE_MODEL
 
-REPOSITORY = Path(__file__).parent.parent
 RECIPES = sorted(
     path for path in (REPOSITORY / "configs").glob("*.yaml") if "stages" in yaml.safe_load(path.read_text())
 )
-TIMEOUT_S = 600
 NUM_PARAMETERS = 516_944  # of the example's model: vision 112,928, merger 55,632, decoder 348,384
 
 Json = dict[str, Any]
@@ -379,33 +375,6 @@ ROUND = (
 )  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "rethinker_jax.main", "pipeline", "recipe.yaml"],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-
-
-def stop_when(ready: Callable[[], bool], number: signal.Signals, folder: Path) -> int:
-    """Starts the pipeline, sends it a signal as soon as `ready()`, and returns its exit code (-9 for SIGKILL)."""
-    process = start(folder)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not ready():
-        assert process.poll() is None, f"ended before it could be stopped:\n{(folder / 'log').read_text()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(TIMEOUT_S)
-
-
-def num_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
 def without_clocks(folder: Path) -> list[Json]:
     found = copy.deepcopy(json.loads((folder / "runs/round/manifest.json").read_text())["stages"])
     return [{key: value for key, value in one.items() if key != "wall_s"} for one in found]
@@ -439,10 +408,11 @@ def test_a_round_killed_and_stopped_ends_as_the_straight_one(tmp_path: Path, mon
     assert read_config(straight / stages["learn"]["output"]) == read_config(EXAMPLE_MODEL)
 
     runs = broken / "runs" / "round"
+    command, log = ("pipeline", "recipe.yaml"), broken / "log"
     drawn, learned = runs / "drawn" / "drawn.jsonl", runs / "learn" / "metrics.jsonl"
-    assert stop_when(lambda: num_lines(drawn) >= 9, signal.SIGKILL, broken) == -signal.SIGKILL
+    assert stop_when(lambda: num_lines(drawn) >= 9, signal.SIGKILL, *command, log=log) == -signal.SIGKILL
     assert [one["status"] for one in without_clocks(broken)] == ["done", "running"]
-    assert stop_when(lambda: num_lines(learned) >= 1, signal.SIGTERM, broken) == 75
+    assert stop_when(lambda: num_lines(learned) >= 1, signal.SIGTERM, *command, log=log) == 75
     assert [one["status"] for one in without_clocks(broken)] == ["done"] * 5 + ["stopped"]
     monkeypatch.chdir(broken)
     assert main(["pipeline", "recipe.yaml"]) == 0

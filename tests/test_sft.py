@@ -32,7 +32,7 @@ from rethinker_jax.sft.encode import RowEncoder
 from rethinker_jax.sft.loop import SFT_LOSS, Setup, count_steps, is_finished, next_batches, pack
 from rethinker_jax.sft.rows import open_split
 from rethinker_jax.system import EXAMPLE_MODEL, System, load_system, make_updater
-from rethinker_jax.training.batch import TrainRow
+from rethinker_jax.training.layout import TrainRow
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 REPOSITORY = Path(__file__).parent.parent

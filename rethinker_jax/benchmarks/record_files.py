@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_lines import object_of
 from rethinker_jax.types import FinishReason, VerdictName
 
 SUFFIX = ".generations.jsonl"
@@ -93,12 +94,7 @@ def read_records(path: Path) -> list[Record]:
 
 def decode_record(line: bytes | str) -> Record:
     """The record of one line. Raises ValueError that says what is wrong with which key."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({type(error).__name__})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is wanted, not {type(row).__name__}")
+    row = object_of(line)
     missing, unknown = sorted(_REQUIRED - row.keys()), sorted(row.keys() - _KNOWN)
     if missing or unknown:
         problems = [f"{key} is missing" for key in missing] + [f"{key!r} is not a key of it" for key in unknown]

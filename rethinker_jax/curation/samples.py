@@ -4,13 +4,13 @@ Text of models and files of strangers: a line is what it should be, or is refuse
 """
 
 import dataclasses
-import json
 import math
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_lines import object_of
 from rethinker_jax.types import FinishReason, VerdictName
 
 MAX_CHARS = 1_000_000  # of one completion
@@ -57,12 +57,7 @@ def read_lines(lines: Iterable[bytes], name: str, row_of: Mapping[str, int], dat
 
 def _read(text: bytes, row_of: Mapping[str, int], data: str) -> Line:
     """Raises ValueError that says what is wrong with which key."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({type(error).__name__})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"a JSON object is wanted, not {type(found).__name__}")
+    found = object_of(text)
     missing = [key for key in ("id", "sample", "completion") if key not in found]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing")

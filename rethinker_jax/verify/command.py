@@ -31,7 +31,7 @@ from rethinker_jax import __version__
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import Stopped, UserError
-from rethinker_jax.json_lines import with_keys
+from rethinker_jax.json_lines import object_of, with_keys
 from rethinker_jax.stopping import listening
 from rethinker_jax.types import Verdict, VerdictName
 from rethinker_jax.verify.pool import JudgeItem, PendingVerdicts, VerifierPool
@@ -142,11 +142,12 @@ _WANTED_SAMPLE = "id (of a row of --data) and completion (text), as `sample` wri
 def line_problem(line: bytes, golds: Golds | None = None) -> str:
     """What is wrong with one input line, or ""."""
     try:
-        row = json.loads(line if golds is None else line.decode("utf-8-sig"))  # keys are added to it in UTF-8
-    except (ValueError, RecursionError) as error:
+        # Keys are added to a sample's line in UTF-8.
+        row = object_of(line if golds is None else line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
         return f"not JSON ({type(error).__name__})"
-    if not isinstance(row, dict):
-        return f"a JSON object is wanted, not {type(row).__name__}"
+    except ValueError as error:
+        return str(error)
     wanted = ("id", "response", "answer") if golds is None else ("id", "completion")
     missing = [key for key in wanted if key not in row]
     if missing:
