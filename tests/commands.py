@@ -4,19 +4,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT_S = 600
+STOPS_ITSELF = Path(__file__).parent / "stops_itself.py"
 
 
-def start(*words: str | Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
+def start(
+    *words: str | Path, log: Path, script: Sequence[str] = ("-m", "rethinker_jax.main"), **environment: str
+) -> subprocess.Popen[bytes]:
     """Starts a command in the folder of `log`, to which it prints."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "rethinker_jax.main", *map(str, words)],
+            [sys.executable, *script, *map(str, words)],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
             cwd=log.parent,
             stdout=output,
@@ -24,16 +26,13 @@ def start(*words: str | Path, log: Path, **environment: str) -> subprocess.Popen
         )
 
 
-def stop_when(ready: Callable[[], bool], number: signal.Signals, *words: str | Path, log: Path) -> int:
-    """Starts a command, sends it a signal as soon as `ready()`, and returns its exit code (-9 for SIGKILL)."""
-    process = start(*words, log=log)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not ready():
-        assert process.poll() is None, f"ended before it could be stopped:\n{log.read_text()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(TIMEOUT_S)
+def stop_at(place: str, call: int, number: signal.Signals, *words: str | Path, log: Path) -> int:
+    """Runs a command that gets a signal before the call-th call of `place` (module:name); its exit code (-9: SIGKILL).
+
+    A signal from outside comes at another moment on every machine, and on a busy one too late.
+    """
+    arranged = [str(STOPS_ITSELF), place, str(call), number.name]
+    return start(*words, log=log, script=arranged).wait(TIMEOUT_S)
 
 
 def num_lines(path: Path) -> int:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import REPOSITORY, TIMEOUT_S, num_lines, start, stop_when
+from commands import REPOSITORY, TIMEOUT_S, num_lines, start, stop_at
 
 from rethinker_jax.example.dataset import write_split
 from rethinker_jax.main import main
@@ -146,11 +145,9 @@ def test_killed_and_stopped_runs_end_as_the_straight_one(straight: Path, place: 
     words = ("train", "small.yaml", "run.dir=broken")
     lines = broken / "metrics.jsonl"
 
-    def in_start(number: int, steps: int) -> Callable[[], bool]:
-        """When the number-th start has come so far that `steps` steps are done."""
-        return lambda: log.read_text().count("training") == number and num_lines(lines) >= steps
+    learn = "rethinker_jax.loop:learn"  # the update of a step
 
-    assert stop_when(in_start(1, 2), signal.SIGKILL, *words, log=log) == -signal.SIGKILL
+    assert stop_at(learn, 3, signal.SIGKILL, *words, log=log) == -signal.SIGKILL
     with lines.open("a") as file:  # as if it had been killed in the middle of a line, and of a checkpoint
         file.write('{"step": 2, "rew')
     (broken / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
@@ -158,14 +155,14 @@ def test_killed_and_stopped_runs_end_as_the_straight_one(straight: Path, place: 
     assert resumed in (1, 2), "the step before was saved, and perhaps this one"
 
     # Nothing is due to be saved, so the checkpoint that is there in the end was made because it was asked to stop.
-    code = stop_when(in_start(2, resumed + 1), signal.SIGTERM, *words, "run.save_every=100", log=log)
+    code = stop_at(learn, 1, signal.SIGTERM, *words, "run.save_every=100", log=log)
     assert code == 75, log.read_text()
     stopped = num_lines(lines)
-    assert resumed < stopped < 4
+    assert stopped == resumed + 1 < 4
     assert (broken / "checkpoints" / str(stopped)).is_dir()
     assert "goes on from" in log.read_text() and "Traceback" not in log.read_text()
 
-    assert stop_when(in_start(3, stopped + 1), signal.SIGINT, *words, log=log) == 130
+    assert stop_at(learn, 1, signal.SIGINT, *words, log=log) == 130
     run(*words, log=log)
     assert metrics_of(broken) == metrics_of(straight)
     for step in range(4):
@@ -182,13 +179,11 @@ def test_killed_and_stopped_runs_end_as_the_straight_one(straight: Path, place: 
 
 def test_a_stop_before_the_first_step_is_heard_at_once(place: Path):
     """Catches a Ctrl-C or a preemption that waits for an evaluation, or dies of the signal."""
-    log = place / "early.log"
-
-    def evaluating() -> bool:
-        return log.exists() and "evaluation before" in log.read_text()
-
-    assert stop_when(evaluating, signal.SIGTERM, "train", "small.yaml", "run.dir=early", log=log) == 75
-    assert num_lines(place / "early" / "metrics.jsonl") == 0 and "Traceback" not in log.read_text()
+    log, early = place / "early.log", place / "early"
+    evaluate = "rethinker_jax.loop:evaluate"
+    assert stop_at(evaluate, 1, signal.SIGTERM, "train", "small.yaml", "run.dir=early", log=log) == 75, log.read_text()
+    assert "evaluation before" in log.read_text() and "Traceback" not in log.read_text()
+    assert not (early / "evaluations").exists() and num_lines(early / "metrics.jsonl") == 0
 
 
 def test_export_gives_the_weights_of_the_checkpoint(straight: Path, place: Path, capsys: pytest.CaptureFixture[str]):
@@ -298,8 +293,8 @@ def test_fine_tuning_learns_stops_and_resumes(place: Path, completions: Path):
 
     words += ["run.dir=halved", "run.save_every=100"]
     lines = place / "halved" / "metrics.jsonl"
-    assert stop_when(lambda: num_lines(lines) >= 2, signal.SIGTERM, *words, log=log) == 75, log.read_text()
-    assert 2 <= num_lines(lines) < 12 and not (place / "halved" / "model").exists()
+    assert stop_at("rethinker_jax.sft.loop:learn", 3, signal.SIGTERM, *words, log=log) == 75, log.read_text()
+    assert num_lines(lines) == 3 and not (place / "halved" / "model").exists()
     run(*words, log=log)
     assert metrics_of(place / "halved") == metrics_of(place / "tuned")
     weights = [(place / name / "model" / "model.safetensors").read_bytes() for name in ("tuned", "halved")]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import REPOSITORY, num_lines, stop_when
+from commands import REPOSITORY, num_lines, stop_at
 from jax.sharding import Mesh
 
 from rethinker_jax.config import Config
@@ -410,9 +410,9 @@ def test_a_round_killed_and_stopped_ends_as_the_straight_one(tmp_path: Path, mon
     runs = broken / "runs" / "round"
     command, log = ("pipeline", "recipe.yaml"), broken / "log"
     drawn, learned = runs / "drawn" / "drawn.jsonl", runs / "learn" / "metrics.jsonl"
-    assert stop_when(lambda: num_lines(drawn) >= 9, signal.SIGKILL, *command, log=log) == -signal.SIGKILL
-    assert [one["status"] for one in without_clocks(broken)] == ["done", "running"]
-    assert stop_when(lambda: num_lines(learned) >= 1, signal.SIGTERM, *command, log=log) == 75
+    assert stop_at("rethinker_jax.sample:_line", 10, signal.SIGKILL, *command, log=log) == -signal.SIGKILL
+    assert [one["status"] for one in without_clocks(broken)] == ["done", "running"] and num_lines(drawn) == 9
+    assert stop_at("rethinker_jax.loop:learn", 1, signal.SIGTERM, *command, log=log) == 75 and num_lines(learned) == 1
     assert [one["status"] for one in without_clocks(broken)] == ["done"] * 5 + ["stopped"]
     monkeypatch.chdir(broken)
     assert main(["pipeline", "recipe.yaml"]) == 0

@@ -10,14 +10,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import STOPS_ITSELF, TIMEOUT_S
 
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.errors import UserError
-from rethinker_jax.verify.command import partial_path, verify_file
+from rethinker_jax.verify.command import BATCH, partial_path, verify_file
 
 CONFIG = VerifierConfig(num_workers=1)
 
@@ -103,15 +103,12 @@ def many_lines(path: Path, num_lines: int) -> Path:
 
 
 def run_until_partial(source: Path, output: Path, sent: signal.Signals) -> tuple[subprocess.Popen[str], Path]:
-    """Starts the command, sends the signal as soon as some verdicts are on the disk, and waits for its end."""
-    command = [sys.executable, "-m", "rethinker_jax.main", "verify", "--input", str(source), "--output", str(output)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (found := [path for path in output.parent.glob("*.partial") if path.stat().st_size]):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(sent)
-    process.wait(timeout=60)
-    return process, found[0]
+    """Runs the command, which gets the signal in its fourth batch, when three are on the disk."""
+    words = ["verify", "--input", str(source), "--output", str(output)]
+    stop = [str(STOPS_ITSELF), "rethinker_jax.verify.command:_line", str(3 * BATCH + 1), sent.name]
+    process = subprocess.Popen([sys.executable, *stop, *words], stderr=subprocess.PIPE, text=True)
+    process.wait(timeout=TIMEOUT_S)
+    return process, next(output.parent.glob("*.partial"))
 
 
 def without_ms(path: Path) -> str:
@@ -133,7 +130,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     kept = partial.read_bytes()
     kept = kept[: kept.rindex(b"\n") + 1]
     num_kept = kept.count(b"\n")
-    assert 0 < num_kept < 2000
+    assert num_kept == 3 * BATCH
     partial.write_bytes(kept + b'{"id": 1999, "verd')
     assert verify_file(source, output, CONFIG) == 2000
     assert f"{num_kept} of 2000 lines are in" in capsys.readouterr().err
@@ -152,7 +149,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, sent: signal.Signa
     last = said.splitlines()[-1]
     kept = partial.read_text().count("\n")
     assert last.startswith(f"stopped after {kept} of 2000 lines") and str(partial) in last and "same command" in last
-    assert 0 < kept < 2000 and not (tmp_path / "out.jsonl").exists()
+    assert kept == 3 * BATCH and not (tmp_path / "out.jsonl").exists()
 
 
 def test_what_cannot_be_gone_on_from_is_a_message(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def verify_file(input: Path, output: Path | None, config: VerifierConfig, golds:
             shared = sys.stdout.isatty()  # the lines are progress enough
             console = Console(stderr=True, quiet=shared, force_terminal=False if shared else None)
             progress = RunProgress(num_lines, title="verify", console=console, unit="line")
-            _judge_rows(_inputs(lines, golds), Tally(), sys.stdout.write, progress, config)
+            _judge_rows(_inputs(lines, golds), Tally(), sys.stdout.write, contextlib.nullcontext, progress, config)
             sys.stdout.flush()
         else:
             if output.exists() and (not output.is_file() or output.samefile(input)):
@@ -184,11 +184,10 @@ def _judge_to_file(rows: Iterator[_Input], num_lines: int, output: Path, path: P
             with listening() as stop:
 
                 def write(text: str) -> None:
-                    with stop.held():
-                        partial.write(text.encode("utf-8"))
-                        partial.flush()
+                    partial.write(text.encode("utf-8"))
+                    partial.flush()
 
-                _judge_rows(rows, tally, write, progress, config)
+                _judge_rows(rows, tally, write, stop.held, progress, config)
         except Stopped as stopped:
             raise Stopped(
                 f"stopped after {tally.total()} of {num_lines} lines; they are in {path}, and the same command "
@@ -252,8 +251,14 @@ def _read_kept(partial: IO[bytes], path: Path, rows: Iterator[_Input]) -> Tally:
 
 
 def _judge_rows(
-    rows: Iterator[_Input], tally: Tally, write: Callable[[str], object], progress: RunProgress, config: VerifierConfig
+    rows: Iterator[_Input],
+    tally: Tally,
+    write: Callable[[str], object],
+    whole: Callable[[], contextlib.AbstractContextManager[object]],
+    progress: RunProgress,
+    config: VerifierConfig,
 ) -> None:
+    """Judges and writes; no stop comes inside `whole`, so that what is counted is what is written."""
     waiting: collections.deque[tuple[list[_Target], PendingVerdicts]] = collections.deque()
     shown = 0.0
 
@@ -263,8 +268,10 @@ def _judge_rows(
         if not shown and len(batch) == BATCH:  # the pace counts from here: starting the workers took its time
             shown = time.monotonic()
             progress.update(tally.total(), {})
-        tally.update(verdict.verdict for verdict in verdicts)
-        write("".join(map(_line, batch, verdicts)))
+        text = "".join(map(_line, batch, verdicts))
+        with whole():
+            write(text)
+            tally.update(verdict.verdict for verdict in verdicts)
         if shown and time.monotonic() - shown >= SHOW_EVERY_S:
             shown = time.monotonic()
             failed = {name: float(tally[name]) for name in ("timeout", "crash", "bad_gold") if tally[name]}
