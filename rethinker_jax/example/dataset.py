@@ -20,6 +20,8 @@ Stage = Literal["clean", "noisy"]
 
 SPLIT_SIZES = {"train": 4096, "validation": 512, "test": 512}
 SPLIT_SEEDS = {"train": 1, "validation": 2, "test": 3}
+# Of a harder member of the family, as "long-train".
+SPLIT_SIZES |= {f"{member}-{split}": size for member in tasks.MEMBERS for split, size in SPLIT_SIZES.items()}
 SFT_SIZES = {"clean": 16384, "noisy": 6144}
 SFT_SEED = 11
 CAPTION_SHARE = 0.4  # of the clean stage, kinds with a picture: without captions the tiny model does not learn to see
@@ -100,7 +102,9 @@ def write_split(path: str | os.PathLike[str], split: str, count: int | None = No
     """
     if split not in SPLIT_SIZES:
         raise UserError(f"the example has the splits {', '.join(SPLIT_SIZES)}, not {split!r}")
-    made = tasks.make_tasks(SPLIT_SEEDS[split], SPLIT_SIZES[split] if count is None else count, part=split)
+    member, _, part = split.rpartition("-")
+    kinds = tasks.MEMBERS.get(member, tasks.KIND_CYCLE)
+    made = tasks.make_tasks(SPLIT_SEEDS[part], SPLIT_SIZES[split] if count is None else count, part, kinds)
     _write(pathlib.Path(path), [problem_row(task.problem) for task in made], PROBLEM_SCHEMA)
 
 
@@ -126,7 +130,7 @@ def content_version() -> str:
 
 
 def example_path(name: str, cache_dir: str | os.PathLike[str]) -> pathlib.Path:
-    """Path of the parquet file called "example:train", ":validation", ":test", ":sft-clean" or ":sft-noisy".
+    """Path of the parquet file called "example:train", ":long-test" (`SPLIT_SIZES`), ":sft-clean" or ":sft-noisy".
 
     Made in the cache directory when it is not there yet. Raises UserError for any other name.
     """

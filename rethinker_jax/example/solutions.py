@@ -18,7 +18,7 @@ from rethinker_jax.types import Problem
 
 Span = tuple[str, bool]
 
-ADDING_KINDS = ("sum", "pair", "text")
+ADDING_KINDS = ("sum", "pair", "text", "add5", "add6", "add9")
 TRIGGERS = RethinkConfig().triggers
 
 # The noisy stage: shares of how its solutions are spoilt.
@@ -37,7 +37,7 @@ class Task:
     """A problem together with what is needed to write about it.
 
     working  the correct steps, without the boxed answer.
-    numbers  the addends (sum, pair, text), the heights of the bars (tallest), or nine 0/1 flags in reading order
+    numbers  the addends (of `ADDING_KINDS`), the heights of the bars (tallest), or nine 0/1 flags in reading order
              (count).
     names    what stands in the nine cells of a count, a colour or "no".
     caption  the whole picture in reading order; "" where there is no picture.
