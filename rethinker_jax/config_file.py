@@ -153,6 +153,8 @@ def read_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[list[Setting]
         return [], [f"{path}: cannot be read as UTF-8 text: {error}"]
     except yaml.YAMLError as error:
         return [], [f"{path}: {_yaml_problem(error)}"]
+    except RecursionError:
+        return [], [f"{path}: not readable as YAML: too deep"]
     if root is None:  # an empty file
         return [], []
     if not isinstance(root, yaml.MappingNode):
@@ -267,7 +269,23 @@ def read_override(text: str) -> Setting:
         value = yaml.load(raw, Loader=ConfigLoader)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: {_yaml_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"override {text!r:.80}: not readable as YAML: too deep") from None
     return Setting(section, key, value, f"override {text!r}")
+
+
+def override_of(key: str, value: Any) -> str:
+    """The override that gives a key this value, whatever stands in it."""
+    return f"{key}={_ESCAPE.sub(_whole_character, json.dumps(value))}"
+
+
+# An escape of JSON. A pair of halves is one character there, and two in YAML.
+_ESCAPE = re.compile(r"\\(?:u(d[89ab]..)\\u(d[c-f]..)|.)")
+
+
+def _whole_character(found: re.Match[str]) -> str:
+    high, low = found.groups()
+    return found[0] if high is None else f"\\U{0x10000 + (int(high, 16) - 0xD800 << 10) + int(low, 16) - 0xDC00:08x}"
 
 
 def _resolve(settings: list[Setting], problems: list[str], overrides: Iterable[str]) -> Config:
@@ -310,13 +328,17 @@ def _place(section: dict[str, Any], setting: Setting) -> None:
         section[name] = setting.value
         return
     # One name of a mapping: added to what is there, which is the default where nothing was set.
-    there = section.get(mapping, _DEFAULTS[setting.section][mapping])
+    *inner, last = mapping.split(".")
+    default = _DEFAULTS[setting.section]
+    for one in inner:
+        section, default = section.setdefault(one, {}), default[one]
+    there = section.get(last, default[last])
     rest = setting.key.removeprefix(mapping + ".")
     value = setting.value
     if typing.get_origin(typing.get_args(KEY_TYPES[setting.section][mapping])[1]) is Mapping:
         outer, _, name = _split_names(rest)
         rest, value = outer, {**_mapping(_mapping(there).get(outer)), name: value} if name else value
-    section[mapping] = {**_mapping(there), rest: value}
+    section[last] = {**_mapping(there), rest: value}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

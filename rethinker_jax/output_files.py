@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rethinker_jax.errors import UserError
+from rethinker_jax.json_lines import object_of
 
 Row = dict[str, Any]
 PACKAGES = ("rethinker_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -66,22 +67,47 @@ def asked_path(output: Path) -> Path:
     return output.with_name(output.name + ".asked.json")
 
 
-def check_asked(output: Path, asked: Row) -> None:
-    """Refuse to go on with a file that another model or other settings began."""
+# Of what was asked: who wrote lines and where things lay then. A file is gone on with whatever these say.
+RECORDED = ("commit", "versions", "device", "model", "data", "image_root")
+
+
+def recorded_of(asked: Row) -> Row:
+    return {key: asked[key] for key in RECORDED if key in asked}
+
+
+def with_earlier(asked: Row, *others: Row) -> Row:
+    """`asked` with `earlier`: what is recorded of processes that wrote other lines of the same file, if it differs."""
+    found = [one for other in others for one in (*other.get("earlier", []), recorded_of(other))]
+    kept = [one for place, one in enumerate(found) if one != recorded_of(asked) and one not in found[:place]]
+    return {key: value for key, value in asked.items() if key != "earlier"} | ({"earlier": kept} if kept else {})
+
+
+def check_asked(output: Path, asked: Row) -> Row:
+    """Refuse to go on with a file that another model or other settings began, or of which nobody says what did.
+
+    Returns `asked` with what is recorded of the processes before.
+    """
     path = asked_path(output)
-    if not path.is_file() or not output.is_file() or not output.stat().st_size:
-        return
+    if not output.is_file() or not output.stat().st_size:
+        return asked
+    if not path.is_file():
+        raise UserError(
+            f"--output: {output} is there without {path.name}, which says what made it. Put that file back, or name "
+            "another output."
+        )
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = object_of(path.read_bytes())
     except ValueError as error:
         raise UserError(
             f"{path}: wanted JSON ({error}); it says what made the lines of {output.name}. Name another file."
         ) from error
-    changed = [f"{key} was {old!r:.80}, is {new!r:.80}" for key, old, new in differences(before, asked)]
+    decides = {key: value for key, value in asked.items() if key not in RECORDED}
+    changed = [f"{key} was {old!r:.80}, is {new!r:.80}" for key, old, new in differences(before, decides)]
     if changed:
         raise UserError(
             f"--output {output} holds the lines of another request: {'; '.join(changed)}. Name another file."
         )
+    return with_earlier(asked, before)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -97,27 +123,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 
 def finished_lines(output: Path, n: int, command: str) -> dict[str, list[bytes]]:
-    """Id → its `n` lines in `output`. Problems with fewer lines are drawn again, and a torn last line is left out.
+    """Id → its lines in `output`, one of each of the `n` samples. Problems that lack one are drawn again, and a torn
+    last line is left out.
 
     Raises UserError for a file that was not made by `command`.
     """
     if not output.is_file():
         return {}
-    lines_of: dict[str, list[bytes]] = {}
+    lines_of: dict[str, dict[int, bytes]] = {}
     lines = output.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            lines_of.setdefault(row["id"], []).append(line)
-            if row["sample"] >= n or len(lines_of[row["id"]]) > n:
+            row = object_of(line)
+            if row["sample"] >= n:
                 raise UserError(f"--output {output} holds more than --n {n} samples a row. Name another file.")
+            lines_of.setdefault(row["id"], {})[row["sample"]] = line
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):  # a line without its newline was torn
                 raise UserError(
                     f"--output {output} line {number} is not a line of `{command}` ({error}); nothing was changed. "
                     "Name another file."
                 ) from error
-    return {name: lines for name, lines in lines_of.items() if len(lines) == n}
+    return {name: list(lines.values()) for name, lines in lines_of.items() if lines.keys() == set(range(n))}
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import numpy as np
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import UserError
+from rethinker_jax.evaluation.trained import Trained, companions_hash, weights_hash
 from rethinker_jax.models.sharding import row_shards
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.output_files import (
@@ -26,6 +27,7 @@ from rethinker_jax.output_files import (
     finished_lines,
     hash_of,
     line_writer,
+    versions,
     write_whole,
 )
 from rethinker_jax.prompts.build import BadPrompt
@@ -49,10 +51,10 @@ def sample(options: SampleOptions, config: Config) -> None:
         _draw(options, config, _loaded(options, config, problems), problems, frozenset(), line_writer(sys.stdout))
         return
     output = options.output.resolve()  # a link is written through
-    asked = _asked(options, config)
     check_writable(output, "--output")
+    asked = _asked(options, config, problems)
     with alone(output):
-        check_asked(output, asked)
+        asked = check_asked(output, asked)
         finished = finished_lines(output, options.n, "sample")
         system = _loaded(options, config, problems)  # before anything is written
         with begun(output, finished, asked) as file:
@@ -258,26 +260,39 @@ def _completion_ids(problem: Problem, system: System, source: str) -> np.ndarray
     raise UserError(f"{source}, row {problem.id!r}: wanted `completion` (text) or `completion_ids`; it has neither.")
 
 
-def _asked(options: SampleOptions, config: Config) -> dict[str, Any]:
-    """What the lines of an output file depend on."""
-    images = [hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in options.image]
+def _asked(options: SampleOptions, config: Config, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What the lines of an output file depend on, and who made them."""
     asked = {
-        "model": str(model_directory(options.model).resolve()),
-        "weights": hash_of(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(model_directory(options.model).glob("*.safetensors"))
-        ),
+        "model": options.model,
+        **model_identity(options.model),
+        "init": config.model.init,
         "data": options.data,
+        "rows": hash_of(map(_content, problems)),
         "question": options.question,
-        "images": images,
         "n": options.n,
         "seed": options.seed,
         "dtype": config.model.dtype,
         "prompt_template": options.prompt_template,
         "sampling": {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in PACE},
         "pixels": [config.data.min_pixels, config.data.max_pixels],
+        **versions(),
     }
     return json.loads(json.dumps(asked))  # tuples are lists in the file
+
+
+def model_identity(model: str) -> dict[str, str]:
+    """What a model directory is, wherever it lies and whenever it was written."""
+    trained = Trained(Config(), model_directory(model))
+    return {"weights": weights_hash(trained), "companions": companions_hash(trained)}
+
+
+def _content(problem: Problem) -> tuple[str, str, list[str]]:
+    """What is asked in a row; an image that is not there is told by the builder of prompts."""
+    images = [
+        one if isinstance(one, bytes) else Path(one).read_bytes() if Path(one).is_file() else b""
+        for one in problem.images
+    ]
+    return problem.id, problem.question, [hashlib.sha256(image).hexdigest() for image in images]
 
 
 @contextlib.contextmanager

@@ -1,13 +1,16 @@
 """Reading configs: refused with everything that is wrong, or understood, and written back the same."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rethinker_jax import config_file
 from rethinker_jax.config import Config, MeshConfig, RethinkConfig, RunConfig, SamplingConfig
 from rethinker_jax.config_check import check
 from rethinker_jax.config_file import (
@@ -17,9 +20,10 @@ from rethinker_jax.config_file import (
     find_config,
     load_config,
     load_defaults,
+    override_of,
     save_config,
 )
-from rethinker_jax.config_keys import ALL_KEYS, describe_config
+from rethinker_jax.config_keys import ALL_KEYS, KEY_TYPES, MAPPINGS, describe_config
 from rethinker_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -296,3 +300,41 @@ def test_description_has_every_key_with_its_comment():
         return sum(num_keys(one) if dataclasses.is_dataclass(one) else 1 for one in vars(section).values())
 
     assert len(keys) == num_keys(Config())
+
+
+def test_a_name_of_a_mapping_in_a_section_inside_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a KeyError, and a name put beside the others that forgets them. The key is made up."""
+    types = KEY_TYPES["distill"] | {"caption.body": Mapping[str, int]}
+    monkeypatch.setitem(KEY_TYPES, "distill", types)
+    monkeypatch.setitem(MAPPINGS, "distill", (*MAPPINGS["distill"], "caption.body"))
+    defaults = config_file._DEFAULTS["distill"]
+    monkeypatch.setitem(
+        config_file._DEFAULTS, "distill", defaults | {"caption": defaults["caption"] | {"body": {"a": 1}}}
+    )
+    section: dict[str, Any] = {"caption": {"seed": 3}}
+    for key, value in (("caption.body.b", 2), ("caption.body.c", 3), ("caption.body.a", 4)):
+        config_file._place(section, config_file.Setting("distill", key, value, ""))
+    assert section == {"caption": {"seed": 3, "body": {"a": 4, "b": 2, "c": 3}}}
+    config_file._place(section, config_file.Setting("distill", "caption_body.x", 5, ""))
+    assert section["caption_body"] == {"x": 5}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\U0001f600", "a\U0010ffffb\\u0041\\", 'x "y" \u00e4\x85\u2028\t', "1e5", "null", "\\ud83d\\ude00", "", " a "],
+)
+def test_an_override_gives_a_key_any_text(value: str) -> None:
+    """Catches a character beyond U+FFFF that JSON writes as two halves, and YAML reads as two characters."""
+    given = load_defaults(
+        [override_of("run.dir", value), override_of("select.filters", [{"words": {"max": 5}}, value])]
+    )
+    assert given.run.dir == value and given.select.filters == ({"words": {"max": 5}}, value)
+
+
+def test_a_file_too_deep_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text("run: " + "[" * 5000)
+    with pytest.raises(UserError, match="too deep"):
+        load_config(path, [])
+    with pytest.raises(UserError, match="too deep"):
+        load_defaults(["select.filters=" + "[" * 5000])

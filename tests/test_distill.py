@@ -1,8 +1,6 @@
 """`distill`: replies of a fake server, or of the example model, become traces; what is kept, and what asked again."""
 
 import base64
-import concurrent.futures
-import http.server
 import io
 import json
 import os
@@ -11,97 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import SECRET, Answer, Row, Server, good, is_caption, said
 from PIL import Image
 
-from rethinker_jax.chat_server import MAX_RETRY_AFTER_S, ChatFailure, _retry_after
-from rethinker_jax.config_curation import CAPTION_PROMPT, ReasonConfig
-from rethinker_jax.distill.asks import Ask
-from rethinker_jax.distill.replies import MAX_REPLY_CHARS, Reply, ReplyFile, key_of, read_choice
-from rethinker_jax.distill.served import _keep_what_came, data_url
-from rethinker_jax.distill.texts import description, joined, reason_prompt, trace, unboxed
-from rethinker_jax.errors import UserError
+from rethinker_jax.chat_server import MAX_RETRY_AFTER_S, _retry_after
+from rethinker_jax.config_curation import CAPTION_PROMPT
+from rethinker_jax.distill.replies import MAX_REPLY_CHARS
+from rethinker_jax.distill.served import data_url
 from rethinker_jax.main import main
 from rethinker_jax.prompts.images import BadImage
-
-Row = dict[str, Any]
-Answer = tuple[int, dict[str, str], bytes]  # status, headers, body
-SECRET = "sk-not-to-be-seen-123"
-
-
-class Server:
-    """A chat server whose replies are those of `reply`; `seen` holds bodies and headers in the order they came."""
-
-    def __init__(self, reply: Callable[[Row], Answer]):
-        self.seen: list[tuple[Row, dict[str, str]]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append((body, dict(self.headers)))
-                status, headers, data = reply(body)
-                try:
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:  # the client has given up
-                    self.close_connection = True
-
-            def do_GET(self) -> None:  # what a redirect of a POST becomes
-                outer.seen.append(({}, dict(self.headers)))
-                self.send_error(405)
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                """Nothing on the terminal."""
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def options(self, *more: str, url: str = "") -> list[str]:
-        url = url or self.url
-        return [
-            "distill", "--data", "rows.jsonl", "--output", "out.jsonl", "distill.caption.model=seer",
-            f"distill.caption.url={url}", "distill.reason.model=thinker", f"distill.reason.url={url}",
-            "distill.reason.n=2", "distill.retries=1", "distill.backoff_s=0.01", "distill.timeout_s=10",
-            "distill.num_threads=3", *more,
-        ]  # fmt: skip
-
-
-def said(content: str | None, finish_reason: str = "stop", **more: Any) -> Answer:
-    choice = {"message": {"role": "assistant", "content": content, **more}, "finish_reason": finish_reason}
-    return 200, {}, json.dumps({"choices": [choice]}).encode()
-
-
-def is_caption(body: Row) -> bool:
-    return body["model"] == "seer"
-
-
-def good(body: Row) -> Answer:
-    """Descriptions by the first bytes of the image; a right answer, with its reasoning told apart."""
-    if is_caption(body):
-        image, prompt = body["messages"][0]["content"]
-        begin = "A picture" if prompt["text"] == CAPTION_PROMPT else "It"
-        return said(f"{begin} of {len(image['image_url']['url'])} bytes.")
-    return said("It is seven.\n\n\\boxed{7}", reasoning_content="I see seven.")
 
 
 def png(colour: tuple[int, int, int], size: int = 8) -> bytes:
@@ -416,117 +336,6 @@ def test_images_as_data_urls(tmp_path: Path) -> None:
         assert kind == "data:image/png" and Image.open(io.BytesIO(data)).size == size
     with pytest.raises(BadImage):
         data_url(b"#!/bin/sh")
-
-
-TRACES = [  # reply, trace, what became of its answer
-    (r"<think>a</think>b \boxed{5}", "<think>a</think>b 5\n\n<answer>5</answer>", "boxed"),
-    (r"<think>\boxed{4}</think>It is $\boxed{5}$.", "<think>4</think>It is $5$.\n\n<answer>5</answer>", "boxed"),
-    (r"a</think>b \boxed{5}", "<think>\na</think>b 5\n\n<answer>5</answer>", "boxed"),  # the prompt opened the thought
-    (r"\boxed{\frac{1}{2}} ", "\\frac{1}{2}\n\n<answer>\\frac{1}{2}</answer>", "boxed"),
-    (r"\boxed{2} or \boxed{-2}", "2 or -2\n\n<answer>2, -2</answer>", "boxed"),  # one list, as the verifier reads it
-    (r"<think>\boxed{4}</think><answer>5</answer>", "<think>4</think><answer>5</answer>", "answer_tag"),
-    (r"<think>\boxed{4}</think><answer>\boxed{5}</answer>", "<think>4</think><answer>5</answer>", "answer_tag"),
-    (r"<think>\boxed{4}</think>no box", r"<think>\boxed{4}</think>no box", "no_answer"),
-    (r"<think>a</think>\boxed{}", r"<think>a</think>\boxed{}", "no_answer"),
-    (r"<think>a</think>\boxed{5", r"<think>a</think>\boxed{5", "no_answer"),
-    ("<think>a</think><answer> </answer>", "<think>a</think><answer> </answer>", "no_answer"),
-    (r"<think>cut \boxed{4}", r"<think>cut \boxed{4}", "unfinished"),
-    ("", "", "no_answer"),
-]
-
-
-@pytest.mark.parametrize(("text", "expected", "outcome"), TRACES)
-def test_the_style_of_traces(text: str, expected: str, outcome: str) -> None:
-    """Catches a box of the thought that is taken for the answer, by us or later by the verifier."""
-    assert trace(text, "openvlthinker") == (expected, outcome)
-    assert trace(text, "as_is") == (text, "as_is")
-
-
-def test_boxes_are_opened() -> None:
-    assert unboxed(r"\boxed{a\boxed{b}} \{ \fbox {c} } \boxed{d") == r"ab \{ c } \boxed{d"
-    assert unboxed(r"\alpha\boxed{b}") == r"\alpha b"  # not the command \alphab
-    started = time.monotonic()
-    deep = r"\boxed{" * 50_000 + "<answer>" * 50_000
-    assert unboxed(deep) == deep and trace(deep, "openvlthinker")[1] == "no_answer"
-    assert time.monotonic() - started < 5  # linear
-
-
-def test_reasoning_that_was_told_apart() -> None:
-    assert joined(Reply("a", " b\n")) == "<think>\nb\n</think>\n\na"
-    assert joined(Reply("", "cut")) == "<think>\ncut\n"  # not a thought that ended
-    assert joined(Reply("<think>x</think>a", "x")) == "<think>x</think>a"
-    assert joined(Reply("a")) == "a"
-
-
-def test_a_choice_is_read() -> None:
-    def of(content: object, ended: object = "stop", **more: object) -> Reply:
-        return read_choice({"message": {"content": content, **more}, "finish_reason": ended})
-
-    assert of("a", reasoning="b") == of("a", reasoning_content="b") == Reply("a", "b", "stop")
-    assert of(None, "length", reasoning_content="b") == Reply("", "b", "length")
-    assert of("a", "content_filter").finish_reason is None and of("a", ["x"]).finish_reason is None
-    assert of("\ud83d and \U0001f600").text == "\ufffd and \U0001f600"  # half a character is none
-    for content in (None, "", " \n", 7, [{"type": "text"}]):
-        with pytest.raises(ChatFailure):
-            of(content)
-
-
-def test_texts_for_the_reasoner() -> None:
-    """Catches places filled inside what a model or a row wrote, and image tags that want images."""
-    config = ReasonConfig(prompt="{question}|{caption}", text_prompt="only {question}")
-    assert (
-        reason_prompt(config, "a {caption} <image>?", "b {question} [image]", 1) == "a {caption} ?|b {question} [image]"
-    )
-    assert reason_prompt(config, "<image><image>x", "y", 2) == "[Image 1][Image 2]x|y"
-    assert reason_prompt(config, " x ", None, 0) == "only x"
-    assert description([Reply("<think>hm</think> a <image> ")]) == "a [image]"
-    assert description([Reply("a"), Reply("b")]) == "Image 1: a\n\nImage 2: b"
-    assert description([Reply("a"), Reply("<think>all of it</think>")]) == ""
-
-
-def test_a_file_of_other_lines_is_refused(tmp_path: Path) -> None:
-    """Catches rows of a problem file, or its only line, that are cut away as what a kill tore off."""
-    path = tmp_path / "kept.jsonl"
-    for text in (
-        '{"id": "a"}\n{"half',
-        '{"id": "a"}',
-        '{"key": 1}\n',
-        '{"key": "a", "text": "b"}\n',
-        "[" * 99999 + "\n",
-    ):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"kept.jsonl, line 1: "):
-            ReplyFile(path)
-        assert path.read_text() == text
-    with pytest.raises(UserError, match="cannot be kept"):
-        ReplyFile(tmp_path)
-
-
-def test_kept_replies_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "kept.jsonl"
-    replies = {key_of(n): Reply(f"text {n} \u00e9\n", "b", "length", {"completion_ids": [n]}) for n in range(3)}
-    with ReplyFile(path) as file:
-        for key, reply in replies.items():
-            file.add(key, reply, {"of": "row"})
-            assert file.get(key) == reply
-    with path.open("ab") as torn:
-        torn.write(b'{"key": "x", "te')
-    with ReplyFile(path) as file:
-        assert {key: file.get(key) for key in replies} == replies and "x" not in file and file.get("x") is None
-        file.add("x", Reply("y"), {})
-        assert file.get("x") == Reply("y") and file.get(key_of(0)) == replies[key_of(0)]
-
-
-def test_replies_that_come_while_the_run_stops_are_kept(tmp_path: Path) -> None:
-    """They were paid for. Catches also a failure among them that takes the place of the message."""
-    futures: list[concurrent.futures.Future[Reply]] = [concurrent.futures.Future() for _ in range(4)]
-    futures[0].set_result(Reply("came"))
-    futures[1].set_exception(ChatFailure("http_500", again=True))
-    futures[2].set_exception(UserError("stop"))
-    asked = {future: Ask(key_of(number), "a", "row 'a'", "x") for number, future in enumerate(futures)}
-    with ReplyFile(tmp_path / "kept.jsonl") as file:
-        _keep_what_came(asked, file)
-        assert [file.get(key_of(number)) for number in range(4)] == [Reply("came"), None, None, None]
 
 
 def test_servers_need_no_jax() -> None:

@@ -1,27 +1,20 @@
-"""Recipes: refused or understood, planned and counted, run, cut, gone on with, and not run twice."""
+"""Recipes: refused or understood, planned and counted."""
 
-import copy
-import json
 import math
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import datasets
 import jax
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import REPOSITORY, num_lines, stop_at
+from commands import REPOSITORY
 from jax.sharding import Mesh
+from recipes import ROWS, SET_SFT, go_to, stage, write_recipe
 
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_defaults
 from rethinker_jax.errors import UserError
-from rethinker_jax.example.dataset import write_split
 from rethinker_jax.main import main
 from rethinker_jax.models.qwen25vl import param_dims, param_shapes
 from rethinker_jax.models.qwen_config import read_config
@@ -30,8 +23,6 @@ from rethinker_jax.pipeline.budget import memory_of
 from rethinker_jax.pipeline.keys import Contents, counted_settings
 from rethinker_jax.pipeline.plan import keys_of, plan
 from rethinker_jax.pipeline.recipe import read_recipe
-from rethinker_jax.pipeline.stages import final_config, write_part
-from rethinker_jax.prompts.dataset import _hub_rows, read_problems
 from rethinker_jax.system import EXAMPLE_MODEL
 
 RECIPES = sorted(
@@ -39,34 +30,12 @@ RECIPES = sorted(
 )
 NUM_PARAMETERS = 516_944  # of the example's model: vision 112,928, merger 55,632, decoder 348,384
 
-Json = dict[str, Any]
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with eight rows: ids r0 to r7, a column `level` from 0 to 7."""
-    monkeypatch.chdir(tmp_path)
-    write_rows("rows.jsonl", 8)
-    return tmp_path
+    return go_to(tmp_path, monkeypatch)
 
 
-def write_rows(path: str, count: int, answer: str = "4") -> None:
-    rows = [{"id": f"r{number}", "question": "2 + 2?", "answer": answer, "level": number} for number in range(count)]
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_recipe(text: str) -> Path:
-    Path("recipe.yaml").write_text(text)
-    return Path("recipe.yaml")
-
-
-def stage(name: str, kind: str = "sft", **more: object) -> str:
-    """One stage in YAML's flow form."""
-    return "  - " + json.dumps({"name": name, "kind": kind} | more) + "\n"
-
-
-ROWS: Json = {"data": "rows.jsonl"}
-SET_SFT: Json = {"data": "example:sft-clean"}
 FROM_PREVIOUS = "wanted base, previous, or an earlier stage that makes a model"
 # (stages, parts of the message): each would otherwise show hours later, or never.
 REFUSED: list[tuple[str, Sequence[str]]] = [
@@ -90,6 +59,12 @@ REFUSED: list[tuple[str, Sequence[str]]] = [
     (stage("base", **SET_SFT), ["name the stage otherwise"]),
     (stage("a/b", **SET_SFT), ["stage 1.name"]),
     ("  - {name: a, kind: sft, name: b}\n", ["name is already given in line"]),
+    (stage("sources", **SET_SFT), ["stage sources: the pipeline keeps something else under this name"]),
+    (stage("hashes.json", **SET_SFT), ["stage hashes.json: the pipeline keeps something else"]),
+    (stage("a.old1", **SET_SFT), ["stage a.old1: the pipeline keeps something else"]),
+    (stage("a", **SET_SFT, checkpoint="best"), ["a stage of kind sft has no checkpoint"]),
+    (stage("a", "rl", **ROWS, checkpoint="beste"), ["stage 1.checkpoint", "'last' or 'best'"]),
+    ("  - " + "[" * 5000 + "]" * 5000 + "\n", ["too deep"]),
 ]
 
 
@@ -132,6 +107,7 @@ UNFIT: list[tuple[str, Sequence[str], str]] = [
     (stage("z", **SET_SFT, set={"run.dir": "elsewhere"}), (), "use dir=DIR"),
     (stage("z", **SET_SFT, set={"model.path": "elsewhere"}), (), "use starts_from, or model=DIR"),
     (stage("z", **SET_SFT), ["model=nowhere"], "nowhere"),
+    (stage("z", "rl", **ROWS, checkpoint="best"), ["rollout.prompts_per_step=8"], "checkpoint: best wants what"),
     (stage("z", **SET_SFT), ["sources.mein=x"], "no source mein; did you mean mine?"),
     (stage("z", **SET_SFT), ["stages.y.run.seed=1"], "no such stage"),
 ]
@@ -156,98 +132,12 @@ def test_what_a_later_stage_lacks_is_said_before_the_first_one_runs(
     assert not Path("runs").exists()
 
 
-def level(least: int) -> Json:
-    return {"select.filters": [{"column": {"column": "level", "min": least}}]}
-
-
-# Three selections that need no model: `second` reads what `first` leaves, `other` does not.
-CHAIN = (
-    "name: chain\nsources: {mine: rows.jsonl}\nstages:\n"
-    + stage("first", "select", data={"source": "mine"}, set=level(2))
-    + stage("other", "select", data="rows.jsonl", set=level(1))
-    + stage("second", "select", data={"from": "first"}, set=level(4))
-)
-
-
-def run_chain(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> list[str]:
-    """Runs the chain; returns the stages that were run."""
-    assert main(["pipeline", "recipe.yaml", *words]) == code
-    lines = capsys.readouterr().out.splitlines()
-    return [line.split()[1].rstrip(":") for line in lines if line.startswith("stage ") and line.endswith(": select")]
-
-
-def entries(directory: str = "runs/chain") -> dict[str, Json]:
-    return {one["name"]: one for one in json.loads(Path(directory, "manifest.json").read_text())["stages"]}
-
-
-def test_only_what_changed_and_what_depends_on_it_runs_again(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Catches a stage run twice, and a result that is kept although what it depends on is another."""
-    write_recipe(CHAIN)
-    assert run_chain(capsys) == ["first", "other", "second"]
-    before = Path("runs/chain/manifest.json").read_bytes()
-    assert run_chain(capsys) == []
-    assert Path("runs/chain/manifest.json").read_bytes() == before
-    found = entries()
-    assert [(one["name"], one["status"], one["output_rows"]) for one in found.values()] == [
-        ("first", "done", 6), ("other", "done", 7), ("second", "done", 4),
-    ]  # fmt: skip
-    wanted = {"name", "kind", "status", "starts_from", "output", "inputs", "commit", "wall_s"}
-    wanted |= {"key", "parent", "settings", "versions", "command"}
-    assert all(wanted <= set(one) for one in found.values())
-    (data,) = found["second"]["inputs"]["data"]
-    assert (data["stage"], data["rows"], data["sha256"]) == ("first", 6, found["first"]["output_sha256"])
-
-    assert run_chain(capsys, 'stages.first.select.filters=[{"column": {"column": "level", "min": 3}}]') == [
-        "first",
-        "second",
-    ]
-    assert Path("runs/chain/first.old1/rows.jsonl").is_file()  # set aside, with what the manifest said of it
-    aside = json.loads(Path("runs/chain/first.old1/manifest_entry.json").read_text())
-    assert aside == found["first"]
-    assert entries()["second"]["output_rows"] == 4
-
-    os.utime("rows.jsonl")  # the same content
-    changed = ['stages.first.select.filters=[{"column": {"column": "level", "min": 3}}]']
-    assert run_chain(capsys, *changed) == []
-    write_rows("rows.jsonl", 9)
-    assert run_chain(capsys, *changed) == ["first", "other", "second"]
-    write_rows("more.jsonl", 10)
-    assert run_chain(capsys, *changed, "sources.mine=more.jsonl") == ["first", "second"]
-
-
-def test_an_output_that_was_changed_by_hand_is_made_anew(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Catches a stage that learns from a file that no stage made."""
-    write_recipe(CHAIN)
-    run_chain(capsys)
-    left = Path("runs/chain/first/rows.jsonl")
-    text = left.read_text()
-    left.write_text(text.replace("r2", "x2"))
-    assert run_chain(capsys) == ["first"]  # what `second` read is there again as it was
-    assert left.read_text() == text and "x2" in Path("runs/chain/first.old1/rows.jsonl").read_text()
-    left.unlink()
-    assert run_chain(capsys) == ["first"]
-    assert left.read_text() == text
-
-
-def test_a_failed_stage_is_recorded_and_gone_on_with(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Catches a failure that leaves no trace, one that looks done, and an exit code that says all is well."""
-    write_recipe(CHAIN)
-    nothing = 'stages.second.select.filters=[{"column": {"column": "level", "min": 99}}]'
-    run_chain(capsys, nothing, code=2)
-    found = entries()
-    assert [one["status"] for one in found.values()] == ["done", "done", "failed"]
-    assert "left nothing" in found["second"]["error"]
-    assert run_chain(capsys) == ["second"]
-    assert entries()["second"]["status"] == "done" and "error" not in entries()["second"]
-    Path("runs/chain/manifest.json").write_text("{")
-    assert main(["pipeline", "recipe.yaml"]) == 2
-    assert "manifest.json" in capsys.readouterr().err
-
-
 def test_what_a_key_counts():
     """Catches a path or a mesh that makes a trained stage run again, and a rate that does not."""
     counted = counted_settings("rl", load_defaults(["optimizer.learning_rate=1e-3", "model.freeze=[vision]"]))
     assert counted == {"optimizer.learning_rate": 1e-3, "model.freeze": ["vision"]}
+    free = ["model.remat=full", "training.micro_batch_tokens=512", "model.attention=plain", "verifier.num_workers=3"]
+    assert counted_settings("rl", load_defaults(free)) == {}
     free = ["run.save_every=3", "run.dir=x", "mesh.fsdp=8", "data.train=y", "sampling.num_slots=7", "sft.batch_size=3"]
     assert counted_settings("rl", load_defaults(free)) == {}
     assert counted_settings("sft", load_defaults(["sft.batch_size=3", "sampling.top_p=0.9", "run.num_steps=2"])) == {
@@ -292,6 +182,12 @@ def test_a_key_follows_the_model_and_the_stages_before(here: Path):
     assert contents.model(other) == first["base"]
     (other / "generation_config.json").write_text("{}")
     assert contents.model(other) != first["base"]
+
+
+def test_the_default_config_is_not_counted():
+    """Catches keys that change when the program learns a new setting: of a default nothing stands in a key."""
+    kinds = ("distill", "sample", "select", "sft", "rl", "evaluate")
+    assert [counted_settings(kind, Config()) for kind in kinds] == [{}] * len(kinds)
 
 
 @pytest.mark.parametrize(
@@ -347,112 +243,10 @@ def test_a_budget_counts_prompts_samples_and_updates(here: Path, capsys: pytest.
     assert "1.50 over 8 rows" in said  # 12 prompts of 8
 
 
-SMALL = """
-base: package:example
-run: {num_steps: 3, save_every: 1, rollouts_every: 1}
-data: {test: test.parquet}
-rollout: {prompts_per_step: 4, samples_per_prompt: 4}
-training: {batch_size: 8}
-replay: {capacity: 32}
-evaluation: {num_problems: 0, num_sampled_problems: 0}
-"""
-ROUND = (
-    "name: round\nsources: {mine: train.parquet}\nstages:\n"
-    + stage("described", "distill", data="few.parquet", config="small.yaml", set={
-        "distill.reason.model": "example", "distill.reason.n": 1, "distill.reason.max_tokens": 16,
-        "distill.caption.max_tokens": 8, "data.max_prompt_tokens": 1024,
-    })
-    + stage("drawn", "sample", data={"source": "mine"}, config="small.yaml", n=4)
-    + stage("traces", "select", data={"from": "drawn"}, set={
-        "select.mode": "traces", "select.filters": ["correct", {"pick": "shortest"}],
-    })
-    + stage("solved", "select", data={"from": "drawn"}, set={"select.filters": [{"pass_rate": {"min": 0.1}}]})
-    + stage("tune", starts_from="base", data={"from": "traces"}, config="small.yaml", set={
-        "sft.num_steps": 3, "sft.batch_size": 4, "optimizer.learning_rate": 1e-3,
-    })
-    + stage("learn", "rl", data={"from": "solved"}, config="small.yaml")
-    + stage("judged", "evaluate", data="test.parquet", benchmark="rows", n=2, config="small.yaml")
-)  # fmt: skip
-
-
-def without_clocks(folder: Path) -> list[Json]:
-    found = copy.deepcopy(json.loads((folder / "runs/round/manifest.json").read_text())["stages"])
-    return [{key: value for key, value in one.items() if key != "wall_s"} for one in found]
-
-
-def test_a_round_killed_and_stopped_ends_as_the_straight_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Catches a stage that is not gone on with, starts from another model, or leaves something else after a kill."""
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    for folder in (straight, broken):
-        folder.mkdir()
-        write_split(folder / "train.parquet", "train", 24)
-        write_split(folder / "test.parquet", "test", 8)
-        write_split(folder / "few.parquet", "validation", 4)
-        (folder / "small.yaml").write_text(SMALL)
-        (folder / "recipe.yaml").write_text(ROUND)
-    monkeypatch.chdir(straight)
-    assert main(["pipeline", "recipe.yaml"]) == 0
-    stages = {one["name"]: one for one in without_clocks(straight)}
-    assert [(one["kind"], one["status"], one["starts_from"]) for one in stages.values()] == [
-        ("distill", "done", "base"), ("sample", "done", "base"), ("select", "done", ""), ("select", "done", ""),
-        ("sft", "done", "base"), ("rl", "done", "tune"), ("evaluate", "done", "learn"),
-    ]  # fmt: skip
-    assert (stages["described"]["output_rows"], stages["drawn"]["output_rows"]) == (4, 24 * 4)
-    assert all(
-        "verdict" in json.loads(line) for line in (straight / stages["drawn"]["output"]).read_text().splitlines()
-    )
-    assert stages["learn"]["inputs"]["model"] == stages["tune"]["output"]
-    assert stages["learn"]["parent"] == {"name": "tune", "key": stages["tune"]["key"]}
-    assert "traces/traces.parquet" in (straight / "runs/round/tune/config.yaml").read_text()
-    assert pq.read_table(straight / stages["traces"]["output"]).num_rows == stages["tune"]["inputs"]["data"][0]["rows"]
-    assert read_config(straight / stages["learn"]["output"]) == read_config(EXAMPLE_MODEL)
-
-    runs = broken / "runs" / "round"
-    command, log = ("pipeline", "recipe.yaml"), broken / "log"
-    drawn, learned = runs / "drawn" / "drawn.jsonl", runs / "learn" / "metrics.jsonl"
-    assert stop_at("rethinker_jax.sample:_line", 10, signal.SIGKILL, *command, log=log) == -signal.SIGKILL
-    assert [one["status"] for one in without_clocks(broken)] == ["done", "running"] and num_lines(drawn) == 9
-    assert stop_at("rethinker_jax.loop:learn", 1, signal.SIGTERM, *command, log=log) == 75 and num_lines(learned) == 1
-    assert [one["status"] for one in without_clocks(broken)] == ["done"] * 5 + ["stopped"]
-    monkeypatch.chdir(broken)
-    assert main(["pipeline", "recipe.yaml"]) == 0
-    assert not list(runs.glob("*.old*"))
-    assert without_clocks(broken) == without_clocks(straight)
-
-    before = (runs / "manifest.json").read_bytes()
-    assert main(["pipeline", "recipe.yaml"]) == 0
-    assert (runs / "manifest.json").read_bytes() == before
-
-
-def test_downloaded_rows_are_those_of_the_hub(here: Path):
-    """Catches pictures that are lost or decoded on the way, and rows in another order."""
-    write_split("train.parquet", "train", 3)
-    rows = pq.read_table("train.parquet").to_pylist()
-    write_part(_hub_rows("owner/name", datasets.Dataset.from_list(rows)), Path("sources/owner--name.parquet"))
-    assert pq.read_table("sources/owner--name.parquet").to_pylist() == rows
-    assert [path.name for path in Path("sources").iterdir()] == ["owner--name.parquet"]
-
-
-def test_rows_of_a_stage_are_read_with_their_pictures(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Catches pictures that are looked for beside the rows that `select` wrote, and not where they are."""
-    write_split("train.parquet", "train", 12)
-    Path("pictures").mkdir()
-    rows = []
-    for row in pq.read_table("train.parquet").to_pylist():
-        for picture in row["images"]:
-            Path("pictures", picture["path"]).write_bytes(picture["bytes"])
-        rows.append(row | {"images": [f"pictures/{picture['path']}" for picture in row["images"]], "level": len(rows)})
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_recipe(CHAIN)
-    run_chain(capsys)
-    asked = read_recipe(Path("recipe.yaml"))
-    first, _, second = plan(asked, None)
-    assert final_config(first).data.image_root == "" and final_config(second).data.image_root == str(here)
-    found = read_problems(str(second.output), image_root=str(here))
-    assert len(found.problems) == 8 and not found.bad_rows and any(problem.images for problem in found.problems)
-
-
-def test_the_default_config_is_not_counted():
-    """Catches keys that change when the program learns a new setting: of a default nothing stands in a key."""
-    kinds = ("distill", "sample", "select", "sft", "rl", "evaluate")
-    assert [counted_settings(kind, Config()) for kind in kinds] == [{}] * len(kinds)
+def test_a_budget_leaves_out_the_rows_that_are_held_out(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Catches steps of rows that are never learned: of 8 ceil(0.3 x 8) = 3 are measured, 5 in batches of 2 are 3."""
+    more = {"sft.validation_fraction": 0.3, "sft.num_epochs": 1, "sft.batch_size": 2}
+    write_recipe("name: one\nstages:\n" + stage("tune", **ROWS, set=more))
+    assert main(["pipeline", "recipe.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 8 rows, to measure on" in said and "3 of 2 rows" in said

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -402,18 +400,3 @@ def test_filters_of_a_config_file(here: Path) -> None:
     assert load_defaults(["select.filters=[correct, {words: {max: 5}}]"]).select.filters == (
         "correct", {"words": {"max": 5}},
     )  # fmt: skip
-
-
-def test_select_imports_no_jax(here: Path) -> None:
-    """Catches an import with which the command, or its verifier, would seize the accelerator."""
-    words = ["--input", "samples.jsonl", "--data", "rows.jsonl", "--output", "out.jsonl", "select.filters=[correct]"]
-    process = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "rethinker_jax.main", "select", *words],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-    modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}
-    assert "rethinker_jax.curation.command" in modules and not modules & {"jax", "transformers", "torch"}

@@ -369,3 +369,31 @@ def test_held_out_rows_are_others_than_those_learned(tmp_path: Path) -> None:
         split(validation_fraction=1.0)
     with pytest.raises(UserError, match="both set"):
         split(validation=other, validation_fraction=0.1)
+
+
+def test_other_pictures_are_other_rows(tmp_path: Path) -> None:
+    """Catches a run that goes on with pictures that were exchanged under the same questions."""
+    hashes = []
+    for number, colour in enumerate(("red", "red", "blue")):
+        buffer = io.BytesIO()
+        Image.new("RGB", (28, 28), colour).save(buffer, "PNG")
+        path = tmp_path / f"rows{number}.parquet"
+        row = {"id": "a", "question": "What?", "completion": "That.", "images": [{"bytes": buffer.getvalue()}]}
+        pq.write_table(pa.Table.from_pylist([row]), path)
+        hashes.append(open_rows(Config(), str(path), "sft.data", fail).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def fail(row: BadRow) -> None:
+    raise AssertionError(row)
+
+
+def test_a_system_column_of_something_else_is_a_bad_row(tmp_path: Path) -> None:
+    """Catches a system message that is dropped without a word because it is no text."""
+    rows = [{"instruction": "a", "output": "b", "system": system} for system in ("s", "", None, {"text": "s"})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad: list[BadRow] = []
+    found = open_rows(Config(), str(path), "sft.data", bad.append)
+    assert [found.read(number).system for number in range(found.count)] == ["s", None, None]
+    assert [(row.kind, row.where) for row in bad] == [("bad_system", "rows.jsonl row 3")]

@@ -69,7 +69,6 @@ def select(options: SelectOptions, config: Config) -> None:
             raise UserError(f"the filters left nothing; the last problem went at {last!r}. Nothing was written.")
         written = _traces(kept, rows) if options.mode == "traces" else _rows(kept, rows, options.input is not None)
         replaced = output.exists()
-        write_rows(source, written, output)
         said = {
             "input": None if options.input is None else str(options.input),
             "data": options.data,
@@ -88,7 +87,9 @@ def select(options: SelectOptions, config: Config) -> None:
             "replaced": replaced,
             **versions(("rethinker_jax",)),
         }
+        # First: rows without it, as after a kill, would be taken for somebody else's.
         write_whole(report.report_path(output), json.dumps(said, indent=2, allow_nan=False) + "\n")
+        write_rows(source, written, output)
     report.print_report(said, steps, output)
 
 

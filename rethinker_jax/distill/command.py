@@ -5,12 +5,13 @@ one with another style, asks only for what is missing. The output appears whole 
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,11 @@ def distill(options: DistillOptions, config: Config) -> None:
     ):
         described, of_captions = _describe(found.problems, captioner, captions, config)
         of_replies = _reason(described, config.distill.reason, reasoner, replies)
-        counts = _write(output, _lines(described, config.distill, reasoner, replies))
-    report = _report(options, config, (of_captions, of_replies), counts, len(found.problems) - len(described))
-    write_whole(report_path(output), json.dumps(report, indent=2) + "\n")
+        num_left_out = len(found.problems) - len(described)
+        with _written(output, _lines(described, config.distill, reasoner, replies)) as counts:
+            # First: lines without it, as after a kill, would be taken for somebody else's.
+            report = _report(options, config, (of_captions, of_replies), counts, num_left_out)
+            write_whole(report_path(output), json.dumps(report, indent=2) + "\n")
     _print(report, output)
 
 
@@ -204,8 +207,14 @@ def _lines(
             )
 
 
-def _write(output: Path, lines: Iterator[tuple[dict[str, Any], str]]) -> dict[str, collections.Counter[str]]:
-    """Writes the lines, one in memory at a time, and counts them. Raises UserError where there are none."""
+@contextlib.contextmanager
+def _written(
+    output: Path, lines: Iterator[tuple[dict[str, Any], str]]
+) -> Generator[dict[str, collections.Counter[str]]]:
+    """Writes the lines, one in memory at a time, and counts them; they are in their place when the block has ended.
+
+    Raises UserError where there are none.
+    """
     temporary = output.with_name(output.name + ".tmp")
     answers: collections.Counter[str] = collections.Counter()
     endings: collections.Counter[str] = collections.Counter()
@@ -217,10 +226,10 @@ def _write(output: Path, lines: Iterator[tuple[dict[str, Any], str]]) -> dict[st
                 endings[str(line["finish_reason"] or "unknown")] += 1
         if not answers:
             raise UserError("distill.reason: no reply came; see above. Nothing was written.")
+        yield {"answers": answers, "finish_reasons": endings}
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-    return {"answers": answers, "finish_reasons": endings}
 
 
 def _report(

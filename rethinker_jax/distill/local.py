@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rethinker_jax.config import Config
@@ -11,11 +10,10 @@ from rethinker_jax.console import RunProgress
 from rethinker_jax.devices import start_jax
 from rethinker_jax.distill.asks import Ask, Failures, Role
 from rethinker_jax.distill.replies import Reply, ReplyFile
-from rethinker_jax.output_files import hash_of
 from rethinker_jax.prompts.build import BadPrompt
-from rethinker_jax.sample import PACE, prompts_at_once
+from rethinker_jax.sample import PACE, model_identity, prompts_at_once
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
-from rethinker_jax.system import System, load_system, model_directory
+from rethinker_jax.system import System, load_system
 from rethinker_jax.types import Completion, Problem, Prompt
 
 
@@ -91,14 +89,10 @@ class Local:
 
 def local_identity(role: Role, config: Config) -> dict[str, Any]:
     """What the replies of a checkpoint depend on, besides the question. Raises UserError where there is none."""
-    directory = model_directory(role.model)
     sampling = {key: value for key, value in dataclasses.asdict(config.sampling).items() if key not in PACE}
     return {
-        "model": str(directory.resolve()),
-        "weights": hash_of(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in sorted(Path(directory).glob("*.safetensors"))
-        ),
+        **model_identity(role.model),
+        "init": config.model.init,
         "dtype": config.model.dtype,
         "pixels": [config.data.min_pixels, config.data.max_pixels],
         "seed": role.seed,

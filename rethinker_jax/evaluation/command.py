@@ -92,12 +92,7 @@ def _judged(
     pool: VerifierPool,
 ) -> Generations:
     """All generations of `mine`: those that are there, and the others, drawn. Raises UserError, Stopped."""
-    if _begun(generations) and not asked_path(generations).is_file():
-        raise UserError(
-            f"--output: {generations} is there without {asked_path(generations).name}, which says what "
-            "made it. Put that file back, or name another output."
-        )
-    check_asked(generations, asked)
+    asked = check_asked(generations, asked)
     kept = finished_lines(generations, options.n, "evaluate")
     missing = [LeftOut("", row.where, row.kind, row.why) for row in found.bad_rows]
     missing += _known_left_out(generations)

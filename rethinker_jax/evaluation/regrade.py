@@ -18,7 +18,7 @@ from rethinker_jax.evaluation.results import (
     write_generations,
     write_result,
 )
-from rethinker_jax.output_files import Row, alone, check_writable, differences
+from rethinker_jax.output_files import RECORDED, Row, alone, check_writable, differences, with_earlier
 from rethinker_jax.verify.pool import VerifierPool
 
 BATCH = 1024  # records that are in the verifier's queue at once
@@ -74,11 +74,12 @@ def _join(files: Sequence[Path], shards: Sequence[Generations]) -> Generations:
         raise UserError(f"--merge: wanted the shards 0 to {count - 1} of {count}, each once, came {came}.")
     records = tuple(record for one in shards for record in one.records)
     left_out = tuple({found for one in shards for found in one.left_out})
-    return Generations(records, first.asked | {"shard": [0, 1]}, left_out, first.judge)
+    asked = with_earlier(first.asked, *(one.asked for one in shards)) | {"shard": [0, 1]}
+    return Generations(records, asked, left_out, first.judge)
 
 
 def _request(found: Generations) -> Row:
-    return {key: value for key, value in found.asked.items() if key != "shard"}
+    return {key: value for key, value in found.asked.items() if key not in ("shard", "earlier", *RECORDED)}
 
 
 def _check_same(first: Path, other: Path, wanted: Row, came: Row) -> None:

@@ -94,7 +94,7 @@ def budget_lines(one: Planned, qwen: QwenConfig) -> Iterator[tuple[str, str]]:
     yield "reads", reads or f"{one.stage.benchmark}, from where it was published"
     kind = one.stage.kind
     if kind == "rl":
-        yield from _rl_lines(one.config, _num_rows(one))
+        yield from _rl_lines(one.config, _num_rows(one), one.stage.checkpoint)
     elif kind == "sft":
         yield from _sft_lines(one.config, _num_rows(one))
     elif kind == "select":
@@ -117,7 +117,7 @@ def _told_input(role: str, path: str, stage: str, hub: str) -> str:
     return f"{role} {path}{where}{rows if count is None else f', {count:,} rows'}"
 
 
-def _rl_lines(config: Config, num_rows: int | None) -> Iterator[tuple[str, str]]:
+def _rl_lines(config: Config, num_rows: int | None, checkpoint: str) -> Iterator[tuple[str, str]]:
     prompts, samples, steps = config.rollout.prompts_per_step, config.rollout.samples_per_prompt, config.run.num_steps
     batch, made = config.training.batch_size, prompts * samples
     updates = made // batch
@@ -136,11 +136,18 @@ def _rl_lines(config: Config, num_rows: int | None) -> Iterator[tuple[str, str]]
         ),
     )
     yield "rate", _rate_line(config, steps * updates)
+    if config.data.validation:
+        every = config.evaluation.validate_every
+        yield "validation", f"every {every} steps; checkpoint {checkpoint} becomes the model"
     yield "epochs", _unknown(num_rows, lambda rows: f"{steps * prompts / rows:.2f} over {rows:,} rows")
 
 
 def _sft_lines(config: Config, num_rows: int | None) -> Iterator[tuple[str, str]]:
     sft = config.sft
+    if num_rows is not None and sft.validation_fraction and not sft.validation:
+        held = math.ceil(num_rows * sft.validation_fraction)
+        yield "held out", f"{held:,} of {num_rows:,} rows, to measure on"
+        num_rows -= held
     if sft.num_epochs:
         yield (
             "updates",

@@ -10,6 +10,7 @@ from typing import Any
 from rethinker_jax.config import Config
 from rethinker_jax.evaluation.trained import CHUNK_BYTES, COMPANIONS, Trained, companions_hash, weights_hash
 from rethinker_jax.example.dataset import content_version
+from rethinker_jax.json_lines import object_of
 from rethinker_jax.output_files import write_whole
 from rethinker_jax.pipeline.recipe import Kind
 from rethinker_jax.run_directory import EVALUATED, FREE_KEYS, LENGTHS, UNUSED
@@ -24,14 +25,16 @@ READS: Mapping[Kind, tuple[str, ...]] = {
     "select": ("run.seed", "select", "verifier"),
     "evaluate": (*_SAMPLING, "rethink"),
 }
-# Where things lie is not what they are: models and data count by their content. The mesh changes roundings alone.
+# Where things lie is not what they are: models and data count by their content. The mesh changes roundings alone, and
+# so does what fits a stage to the memory.
 PLACES = {
-    "model.path", "data.train", "data.test", "data.image_root", "sft.data", "sft.validation", "select.ratings",
-    "verifier.deadline_s", "distill.num_threads", "distill.timeout_s", "distill.retries", "distill.backoff_s",
-    "distill.max_failures", "distill.caption.url", "distill.reason.url", "distill.caption.key_variable",
-    "distill.reason.key_variable",
+    "model.path", "data.train", "data.test", "data.validation", "data.image_root", "sft.data", "sft.validation",
+    "select.ratings", "verifier.deadline_s", "distill.num_threads", "distill.timeout_s", "distill.retries",
+    "distill.backoff_s", "distill.max_failures", "distill.caption.url", "distill.reason.url",
+    "distill.caption.key_variable", "distill.reason.key_variable",
 }  # fmt: skip
-NOT_COUNTED = PLACES | (FREE_KEYS - LENGTHS) | {f"sampling.{key}" for key in PACE}
+ROUNDINGS = {"model.attention", "model.remat", "training.micro_batch_tokens"}
+NOT_COUNTED = PLACES | ROUNDINGS | (FREE_KEYS - LENGTHS) | {f"sampling.{key}" for key in PACE}
 
 UNSTABLE = ("ms", "log_probs", "truncated_log_probs")  # of lines of samples
 
@@ -76,7 +79,7 @@ def _changed(values: Any, defaults: Any, prefix: str = "") -> Iterator[tuple[str
 
 
 class Contents:
-    """Hashes of files, kept in a file of their own: what has the size and time of change of before is not read again.
+    """Hashes of files, kept in a file of their own: what has the size and times of before is not read again.
 
     `keep` None keeps them in memory alone.
     """
@@ -112,7 +115,9 @@ class Contents:
         return self._found("samples", [path], lambda: _hash_samples(path))
 
     def _found(self, what: str, files: Sequence[Path], make: Callable[[], str]) -> str:
-        stamps = [(str(one.resolve()), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
+        found = [(str(one.resolve()), one.stat()) for one in files if one.is_file()]
+        # The time of the last change of any kind: a copy can bring the time of writing with it.
+        stamps = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
         stamp = hashlib.sha256(json.dumps([what, stamps]).encode()).hexdigest()
         if stamp not in self._known:
             self._known[stamp] = make()
@@ -137,7 +142,11 @@ def _hash_samples(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for line in file:
-            row = json.loads(line)
+            try:
+                row = object_of(line)
+            except ValueError:  # no stage left it so
+                digest.update(line)
+                continue
             kept = {key: row[key] for key in sorted(row) if key not in UNSTABLE}
             digest.update(json.dumps(kept).encode() + b"\n")
     return digest.hexdigest()

@@ -1,7 +1,6 @@
 """A recipe resolved: for every stage its config, model, data and output, all checked before anything runs."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from rethinker_jax.benchmarks.catalog import ROWS, find_benchmark
 from rethinker_jax.config import Config, DataConfig, MeshConfig
 from rethinker_jax.config_check import USER_TERM
-from rethinker_jax.config_file import PACKAGE_PREFIX, find_config, load_config, load_defaults
+from rethinker_jax.config_file import PACKAGE_PREFIX, find_config, load_config, load_defaults, override_of
 from rethinker_jax.curation.chain import read_filters
 from rethinker_jax.distill.asks import body_of, check_role
 from rethinker_jax.errors import UserError
@@ -94,8 +93,8 @@ def hash_of_input(given: Input, contents: Contents) -> str:
 def settings_of(planned: Planned) -> dict[str, Any]:
     """What a stage is told that decides what it leaves: its own words, and the keys of its config."""
     stage = planned.stage
-    given = {"n": stage.n, "benchmark": stage.benchmark, "protocol": stage.protocol}
-    told = {key: value for key, value in given.items() if value not in (None, "")}
+    given = {"n": stage.n, "benchmark": stage.benchmark, "protocol": stage.protocol, "checkpoint": stage.checkpoint}
+    told = {key: value for key, value in given.items() if value not in (None, "", "last")}
     return told | counted_settings(stage.kind, planned.config)
 
 
@@ -159,11 +158,11 @@ def _config(
     mesh: MeshConfig | None,
 ) -> Config:
     """The config of one stage: its file, then what the recipe sets, then the command line, then that for this stage."""
-    words = [f"run.dir={json.dumps(str(directory))}"]
-    words += [f"model.path={json.dumps(model)}"] if model else []
+    words = [override_of("run.dir", str(directory))]
+    words += [override_of("model.path", model)] if model else []
     key = {"rl": "data.train", "sft": "sft.data"}.get(stage.kind)
-    words += [f"{key}={json.dumps(one.path)}" for one in inputs if key and one.role == "data"]
-    words += [f"{key}={json.dumps(value)}" for key, value in stage.set.items()]
+    words += [override_of(key, one.path) for one in inputs if key and one.role == "data"]
+    words += [override_of(key, value) for key, value in stage.set.items()]
     words += asked.overrides
     if mesh is not None:
         words += [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(mesh).items()]
@@ -225,8 +224,9 @@ def _config_inputs(asked: Asked, stage: Stage, config: Config, has_data: bool) -
         yield _input(asked, "data", config.sft.data)
     if tested and (stage.kind == "rl" or (stage.kind == "sft" and config.sft.evaluate)):
         yield _input(asked, "test", config.data.test)
-    if stage.kind == "sft" and config.sft.validation:
-        yield _input(asked, "validation", config.sft.validation)
+    validation = {"sft": config.sft.validation, "rl": config.data.validation}.get(stage.kind)
+    if validation:
+        yield _input(asked, "validation", validation)
     if stage.kind == "distill":
         caption, reason = config.distill.caption, config.distill.reason
         if not caption.url and caption.model != config.model.path:
@@ -248,6 +248,7 @@ def _localised(config: Config, inputs: Sequence[Input]) -> Config:
         config.data,
         train=place.get(config.data.train, config.data.train),
         test=place.get(config.data.test, config.data.test),
+        validation=place.get(config.data.validation, config.data.validation),
     )
     sft = dataclasses.replace(
         config.sft,
@@ -295,5 +296,10 @@ def _problems(planned: Planned) -> Iterator[str]:
         n = stage.n or choose_protocol(stage.protocol, stage.n, stage.benchmark).decoding.n
         if n > 1 and not config.sampling.temperature:
             yield f"n is {n} at temperature 0, which draws the same {n} times; set sampling.temperature"
+    if stage.checkpoint == "best" and not (config.data.validation and config.run.keep_best):
+        yield (
+            "checkpoint: best wants what measures and keeps it: data.validation, evaluation.validate_every, and "
+            "run.keep_best above 0"
+        )
     if stage.kind == "sample" and (stage.n or 1) > 1 and not config.sampling.temperature:
         yield f"n is {stage.n} at temperature 0, which draws the same {stage.n} times; set sampling.temperature"

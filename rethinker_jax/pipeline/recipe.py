@@ -4,6 +4,7 @@ Here a recipe is refused or understood by itself; whether its configs, data and 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,20 +21,24 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
 MODEL_KINDS = ("sft", "rl")  # stages that leave a model
 SAMPLE_KINDS = ("distill", "sample")  # stages that leave samples of rows
 ROW_KINDS = ("select",)  # stages that leave rows
+RESERVED = re.compile(r"sources|(manifest|hashes)\.json(\.tmp)?|.+\.old[0-9]+")  # in the pipeline's directory
 # Besides name, kind, data, config and set, which every stage may have.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "distill": ("starts_from",),
     "sample": ("starts_from", "n"),
     "select": (),
     "sft": ("starts_from",),
-    "rl": ("starts_from",),
+    "rl": ("starts_from", "checkpoint"),
     "evaluate": ("starts_from", "n", "benchmark", "protocol"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`data` is a path, {from: STAGE} or {source: NAME}; "" leaves it to the config."""
+    """`data` is a path, {from: STAGE} or {source: NAME}; "" leaves it to the config.
+
+    checkpoint  which one of an rl stage becomes its model; best is by the reward on `data.validation`.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -46,6 +51,7 @@ class Stage:
     n: Annotated[int, Field(ge=1)] | None = None
     benchmark: str = ""
     protocol: str = ""
+    checkpoint: Literal["last", "best"] = "last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Asked:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: wanted YAML ({error}).") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: wanted YAML; this is too deep.") from error
     except ValidationError as error:
         told = "\n".join(f"  {_told(dict(one))}" for one in error.errors())
         raise UserError(f"{path}: the recipe cannot be used:\n{told}") from error
@@ -185,10 +193,12 @@ def _problems(recipe: Recipe) -> list[str]:
             found.append(f"{said}: the name is there twice; give every stage a name of its own")
         if stage.name in ("base", "previous"):
             found.append(f"{said}: base and previous mean something in starts_from; name the stage otherwise")
+        if RESERVED.fullmatch(stage.name):
+            found.append(f"{said}: the pipeline keeps something else under this name; name the stage otherwise")
         default = {field.name: field.default for field in dataclasses.fields(Stage)}
         said_too_much = [
             key
-            for key in ("starts_from", "n", "benchmark", "protocol")
+            for key in ("starts_from", "n", "benchmark", "protocol", "checkpoint")
             if key not in FIELDS[stage.kind] and dataclasses.asdict(stage)[key] != default[key]
         ]
         found += [f"{said}: a stage of kind {stage.kind} has no {key}; leave it out" for key in said_too_much]

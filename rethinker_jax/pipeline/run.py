@@ -5,13 +5,15 @@ import gc
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rethinker_jax.config import MeshConfig
+from rethinker_jax.curation.report import report_path
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.json_lines import object_of
 from rethinker_jax.models.sharding import make_mesh
 from rethinker_jax.output_files import differences
 from rethinker_jax.pipeline.budget import check_budgets, count_rows
@@ -19,11 +21,18 @@ from rethinker_jax.pipeline.keys import Contents
 from rethinker_jax.pipeline.plan import Planned, hash_of_input, keys_of, plan, settings_of
 from rethinker_jax.pipeline.recipe import MODEL_KINDS, SAMPLE_KINDS, read_recipe
 from rethinker_jax.pipeline.stages import download, final_config, run_stage
-from rethinker_jax.run_directory import FREE_KEYS, LENGTHS, RunDirectory, hold, versions, write_whole
+from rethinker_jax.run_directory import RunDirectory, hold, versions, write_whole
 from rethinker_jax.stopping import listening
 from rethinker_jax.system import model_directory
 
 Entry = dict[str, Any]
+
+
+# What is read of an entry, which may have been changed by hand.
+FORM: Mapping[str, type | tuple[type, ...]] = {
+    "name": str, "kind": str, "key": str, "status": str, "wall_s": (int, float), "settings": dict, "inputs": dict,
+    "parent": (dict, type(None)),
+}  # fmt: skip
 
 
 def run_pipeline(path: Path, overrides: Sequence[str], mesh: MeshConfig | None, last: str = "") -> Path:
@@ -79,12 +88,27 @@ class Manifest:
         if not self.path.is_file():
             return []
         try:
-            entries = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
-            return [entry for entry in entries if entry["name"]]
-        except (ValueError, KeyError, TypeError) as error:
+            entries = object_of(self.path.read_bytes()).get("stages")
+            if not isinstance(entries, list):
+                raise ValueError("stages is no list")
+            for number, entry in enumerate(entries, 1):
+                _check_entry(entry, f"entry {number}")
+            return entries
+        except ValueError as error:
             raise UserError(
-                f"{self.path}: wanted a manifest ({error}). Remove the file to start the pipeline anew."
+                f"{self.path}: wanted a manifest as the pipeline writes it ({error}). Put it back as it was, or remove "
+                "the file to start the pipeline anew."
             ) from error
+
+
+def _check_entry(entry: object, where: str) -> None:
+    """Raises ValueError."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is no object")
+    wrong = [key for key, kind in FORM.items() if not isinstance(entry.get(key), kind)]
+    data = entry["inputs"].get("data") if not wrong else []
+    if wrong or not isinstance(data, list) or not all(isinstance(one, dict) and "role" in one for one in data):
+        raise ValueError(f"{where}: {wrong[0] if wrong else 'inputs.data'} is not what it should be")
 
 
 def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], contents: Contents, command: str) -> None:
@@ -93,16 +117,17 @@ def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], content
     planned = dataclasses.replace(planned, config=final_config(planned))
     before = manifest.read(name)
     entry = _entry(planned, keys, contents) | {"command": command}
-    changed = [] if before is None else _changes(before, entry, planned, contents)
+    changed = ["the manifest does not know it"] if before is None else _changes(before, entry, planned, contents)
     if before is not None and not changed and before["status"] == "done" and planned.output.exists():
         print(f"stage {name}: done before")
         return
     spent = 0.0
-    if changed and planned.directory.exists():
+    if before is not None and (not changed or _differs_in_choice(before, entry)):
+        spent = before["wall_s"]
+        _go_on(planned, bool(changed))
+    elif planned.directory.exists():
         aside = _set_aside(planned.directory, before)
         print(f"stage {name}: begins anew ({'; '.join(changed)}); what was there is in {aside}")
-    elif before is not None:
-        spent = before.get("wall_s", 0.0)
     source = f" from {planned.parent}" if planned.parent else ""
     print(f"stage {name}: {planned.stage.kind}{source}")
     started = time.monotonic()
@@ -121,6 +146,33 @@ def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], content
         raise
     finally:
         manifest.write(entry | {"wall_s": spent + time.monotonic() - started})
+
+
+def _go_on(planned: Planned, choose: bool) -> None:
+    """Make what lies there of the stage ready to be gone on with, or its model to be chosen again.
+
+    Where things lie, the mesh and the like may differ from what a run began with, and it would refuse them.
+    """
+    if choose and planned.output.exists():
+        aside = _free_name(planned.output)
+        planned.output.rename(aside)
+        print(f"stage {planned.stage.name}: its model is chosen anew; the one before is in {aside}")
+    kind = planned.stage.kind
+    if kind == "sft" or kind == "rl":
+        run = RunDirectory(planned.directory, kind)
+        if run.changes(planned.config):
+            run.start(planned.config)
+
+
+def _differs_in_choice(before: Entry, entry: Entry) -> bool:
+    """Whether nothing but the checkpoint that becomes the model is another."""
+
+    def rest(one: Entry) -> list[object]:
+        settings = {key: value for key, value in one["settings"].items() if key != "checkpoint"}
+        return [one["kind"], one.get("parent"), settings, _content_of(one)]
+
+    was, now = before["settings"].get("checkpoint"), entry["settings"].get("checkpoint")
+    return was != now and rest(before) == rest(entry)
 
 
 def _entry(planned: Planned, keys: dict[str, str], contents: Contents) -> Entry:
@@ -159,10 +211,8 @@ def _changes(before: Entry, entry: Entry, planned: Planned, contents: Contents) 
         was = before.get("output_sha256")
         if planned.output.exists() and _output_hash(planned, contents) != was:
             return [f"{planned.output} is not what the stage left"]
-        return []
-    kind = planned.stage.kind
-    if kind == "sft" or kind == "rl":
-        return RunDirectory(planned.directory, kind).changes(planned.config, FREE_KEYS - LENGTHS)
+        if planned.stage.kind == "select" and not report_path(planned.output).is_file():
+            return [f"{report_path(planned.output)} is not there"]
     return []
 
 
@@ -201,8 +251,12 @@ def _output_hash(planned: Planned, contents: Contents) -> str:
 
 def _set_aside(stage: Path, entry: Entry | None) -> Path:
     """Rename a stage's directory, its manifest entry in it."""
-    number = 1
-    while (aside := stage.with_name(f"{stage.name}.old{number}")).exists():
-        number += 1
     write_whole(stage / "manifest_entry.json", json.dumps(entry, indent=2) + "\n")
-    return stage.rename(aside)
+    return stage.rename(_free_name(stage))
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old{number}")).exists():
+        number += 1
+    return aside

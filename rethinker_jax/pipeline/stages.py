@@ -1,7 +1,6 @@
 """What a stage of each kind does: the commands, one after the other, in this process. Each goes on where it was cut."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.asks import choose_protocol
 from rethinker_jax.evaluation.command import evaluate
 from rethinker_jax.export import export
+from rethinker_jax.json_lines import object_of
 from rethinker_jax.loop import train
 from rethinker_jax.options import EvaluateOptions, SampleOptions
 from rethinker_jax.pipeline.plan import Planned
@@ -42,7 +42,13 @@ def final_config(planned: Planned) -> Config:
     if config.data.image_root or not made:
         return config
     report = report_path(made[0])
-    root = json.loads(report.read_text(encoding="utf-8")).get("image_root", "")
+    try:
+        root = object_of(report.read_bytes()).get("image_root", "")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{report}: wanted what `select` wrote, which says where images lie ({error}). Remove the file; the stage "
+            "is then run anew."
+        ) from error
     return dataclasses.replace(config, data=dataclasses.replace(config.data, image_root=root))
 
 
@@ -53,7 +59,7 @@ def _sft(planned: Planned) -> None:
 def _rl(planned: Planned) -> None:
     train(planned.config, planned.stage.name)
     if not planned.output.exists():
-        export(planned.directory, planned.output)
+        export(planned.directory, planned.output, planned.stage.checkpoint)
 
 
 def _sample(planned: Planned) -> None:
@@ -135,6 +141,8 @@ def download(hub: str, output: Path) -> None:
 def write_part(part: Part, output: Path) -> None:
     """The rows as they are, images as their bytes where they have them."""
     rows = [row for row in part.rows if isinstance(row, dict)]
+    if not rows:
+        raise UserError(f"{part.name}: wanted at least one row, came none")
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     try:

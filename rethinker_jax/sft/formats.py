@@ -159,9 +159,11 @@ def _conversation_row(row: Mapping[str, Any], source: Source, number: int) -> Sf
 
 
 def _system(row: Mapping[str, Any]) -> str | None:
-    """The column `system`; an empty one says nothing."""
+    """The column `system`; an empty one says nothing. Raises BadField."""
     system = row.get("system")
-    return system if isinstance(system, str) and system else None
+    if system is not None and not isinstance(system, str):
+        raise BadField("bad_system", f"wanted text as system; came {system!r:.80}")
+    return system or None
 
 
 def _check_order(messages: Sequence[Message]) -> None:

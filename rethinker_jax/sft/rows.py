@@ -1,6 +1,7 @@
 """The rows of `sft.data` and `sft.validation`: the built-in example's, or a file's in any format that is known."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -94,8 +95,16 @@ def open_rows(config: Config, source: str, key: str, note: Note) -> SftRows:
             f"{source}: no row has a `completion` or an assistant's turn that can be learned; see bad_rows.jsonl in "
             "the run directory."
         )
-    hash = hash_of((row.problem.id, row.problem.question, row.turns, row.system) for row in rows)
+    hash = hash_of(map(_content, rows))
     return SftRows(len(rows), hash, rows.__getitem__)
+
+
+def _content(row: SftRow) -> tuple[object, ...]:
+    """What is learned of a row, with its pictures; of one that is a file, its name: it is read when it is due."""
+    pictures = [
+        hashlib.sha256(one).hexdigest() if isinstance(one, bytes) else Path(one).name for one in row.problem.images
+    ]
+    return row.problem.id, row.problem.question, row.turns, row.system, pictures
 
 
 def _rows(config: Config, source: str, note: Note) -> Iterator[SftRow]:
