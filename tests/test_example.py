@@ -241,6 +241,28 @@ def test_parts_are_disjoint():
         tasks.make_task(0, 0, part="dev")
 
 
+@pytest.mark.parametrize("member", tasks.MEMBERS)
+def test_other_members_are_judged_by_what_they_show(member):
+    """Catches an answer or a working that is not of the digits shown, and kinds that the member does not have."""
+    found = tasks.make_tasks(9, 40, "test", tasks.MEMBERS[member])
+    assert {task.kind for task in found} == set(tasks.MEMBERS[member].kinds)
+    for task in found:
+        if task.kind in solutions.ADDING_KINDS:
+            assert int(task.answer) == sum(task.numbers) and task.working.endswith(f"={task.answer}")
+        if task.kind in ("add5", "add6", "add9") and tasks.MEMBERS[member].contrast == 1:
+            cells = [cell for image in task.problem.images for row in read_grid(image) for cell in row]
+            assert [int(name) for _, name in cells] == list(task.numbers)
+            assert len(cells) == int(task.kind[-1])
+
+
+def test_a_faint_picture_is_the_same_picture():
+    """Catches another scene under other contrast, and a contrast that changes nothing."""
+    faint, plain = tasks.make_task(3, 0, member=tasks.MEMBERS["faint"]), tasks.make_task(3, 0)
+    assert faint.numbers == plain.numbers and faint.caption == plain.caption
+    spread = [np.std(decode(task.problem.images[0])) for task in (faint, plain)]
+    assert 0.4 < spread[0] / spread[1] < 0.8  # half the contrast and all of the noise
+
+
 def test_every_digit_is_one_token(tokenizer):
     """Catches a merge across digits or across a digit and its neighbour."""
     for text in ("1234567890", "3+4=7,+15=22 \\boxed{22}", "red3 blue5", "A=3 B=7", "000 112 233", "½x²=10,000.5%"):

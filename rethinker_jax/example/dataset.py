@@ -20,7 +20,7 @@ Stage = Literal["clean", "noisy"]
 
 SPLIT_SIZES = {"train": 4096, "validation": 512, "test": 512}
 SPLIT_SEEDS = {"train": 1, "validation": 2, "test": 3}
-# Of a harder member of the family, as "long-train".
+# Of other members of the family, as "long-train".
 SPLIT_SIZES |= {f"{member}-{split}": size for member in tasks.MEMBERS for split, size in SPLIT_SIZES.items()}
 SFT_SIZES = {"clean": 16384, "noisy": 6144}
 SFT_SEED = 11
@@ -103,8 +103,8 @@ def write_split(path: str | os.PathLike[str], split: str, count: int | None = No
     if split not in SPLIT_SIZES:
         raise UserError(f"the example has the splits {', '.join(SPLIT_SIZES)}, not {split!r}")
     member, _, part = split.rpartition("-")
-    kinds = tasks.MEMBERS.get(member, tasks.KIND_CYCLE)
-    made = tasks.make_tasks(SPLIT_SEEDS[part], SPLIT_SIZES[split] if count is None else count, part, kinds)
+    count = SPLIT_SIZES[split] if count is None else count
+    made = tasks.make_tasks(SPLIT_SEEDS[part], count, part, tasks.MEMBERS.get(member, tasks.SHIPPED))
     _write(pathlib.Path(path), [problem_row(task.problem) for task in made], PROBLEM_SCHEMA)
 
 

@@ -95,16 +95,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return b"".join(parts)
 
 
-def _add_noise(clean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [height, width, 3] → the same with a random window of the noise bank on it."""
+def _add_noise(clean: np.ndarray, rng: np.random.Generator, contrast: float) -> np.ndarray:
+    """uint8 [height, width, 3] → the same, faded to `contrast`, with a random window of the noise bank on it."""
     height, width, _ = clean.shape
     bank = _noise_bank()
     top, left = rng.integers(0, bank.shape[0] - height), rng.integers(0, bank.shape[1] - width)
-    noisy = clean + bank[top : top + height, left : left + width]
+    faded = clean.astype(np.int16) if contrast == 1 else np.int16(BACKGROUND + contrast * (clean - float(BACKGROUND)))
+    noisy = faded + bank[top : top + height, left : left + width]
     return noisy.clip(0, 255).astype(np.uint8)
 
 
-def grid_picture(cells: Sequence[Sequence[Cell]], rng: np.random.Generator) -> bytes:
+def grid_picture(cells: Sequence[Sequence[Cell]], rng: np.random.Generator, contrast: float = 1.0) -> bytes:
     """Rows of cells → PNG of 28 px a cell, each symbol centred up to the jitter."""
     num_rows, num_columns = len(cells), len(cells[0])
     canvas = np.full((num_rows * CELL, num_columns * CELL, 3), BACKGROUND, np.uint8)
@@ -119,10 +120,12 @@ def grid_picture(cells: Sequence[Sequence[Cell]], rng: np.random.Generator) -> b
             top = row * CELL + (CELL - height) // 2 + shifts[row, column, 0]
             left = column * CELL + (CELL - width) // 2 + shifts[row, column, 1]
             canvas[top : top + height, left : left + width][mask] = COLOURS[colour]
-    return encode_png(_add_noise(canvas, rng))
+    return encode_png(_add_noise(canvas, rng, contrast))
 
 
-def bar_picture(colours: Sequence[str], heights: Sequence[int], rng: np.random.Generator) -> bytes:
+def bar_picture(
+    colours: Sequence[str], heights: Sequence[int], rng: np.random.Generator, contrast: float = 1.0
+) -> bytes:
     """Three bars of 1-9 stacked units over their letters → PNG of 84x84 px."""
     size = 3 * CELL
     floor = size - 2 * UNIT - 4  # px row under the lowest unit; the letters stand below it
@@ -134,4 +137,4 @@ def bar_picture(colours: Sequence[str], heights: Sequence[int], rng: np.random.G
             canvas[top + 1 : top + UNIT, left : left + 16] = COLOURS[colour]
         letter = _glyph(name, 2)
         canvas[floor + 2 : floor + 16, left + 3 : left + 13][letter] = 255
-    return encode_png(_add_noise(canvas, rng))
+    return encode_png(_add_noise(canvas, rng, contrast))
