@@ -4,13 +4,15 @@ Baselines are made from the rewards of the *first* responses, before Forced Reth
 otherwise each forced success would lower its honest siblings, as in VL-Rethinker's released code, whose way
 (`rethink.baseline: final`) is to give the final rewards for first ones too. Estimators that look at the whole group
 look at it as each sample would find it: its own reward among the first rewards of its siblings.
-Without rethinking first and final rewards are equal.
+Without rethinking first and final rewards are equal. Where kept second looks are added to their group instead of taking
+a first response's place, `advantages_with_added` gives them what they would have had there.
 """
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -57,16 +59,67 @@ def group_advantages(
     `lengths` [groups, n] (default: all equal) weigh the samples of reinforce_plus_plus, `greedy_rewards` [groups] are
     ReMax's baseline, `k` is that of pass_at_k. Raises ValueError where remax has no greedy rewards.
     """
-    if estimator == "remax" and greedy_rewards is None:
+    weights = np.ones(rewards.shape) if lengths is None else lengths
+    greedy = _greedy(estimator, greedy_rewards, len(rewards))
+    [found] = _advantages_of([_group_rewards(rewards, first_rewards, weights, greedy, k)], estimator)
+    return found
+
+
+def advantages_with_added(
+    rewards: Sequence[np.ndarray],
+    added: Sequence[np.ndarray],
+    estimator: Estimator,
+    baseline: Literal["first", "final"],
+    *,
+    lengths: Sequence[np.ndarray],
+    greedy_rewards: np.ndarray | None = None,
+    k: int = 1,
+) -> list[np.ndarray]:
+    """float32 [rows] advantages of every group, where kept second looks are rows beside their first responses.
+
+    rewards, added, lengths: [rows] of every group, where `added` says which rows were added, each to the one before it.
+    Under baseline `first` a first response has the advantage that it has without rethinking, and an added row that
+    which it would have in its first response's place. Under `final` a group is all of its rows. `WHITENED` estimators
+    whiten over all rows of the batch either way.
+    """
+    greedy = _greedy(estimator, greedy_rewards, len(rewards))
+    if baseline == "final":
+        groups = zip(rewards, lengths, greedy, strict=True)
+        views = [_group_rewards(own[None], own[None], weights[None], one[None], k) for own, weights, one in groups]
+        return [found for [found] in _advantages_of(views, estimator)]
+    views, places = [], []
+    for own, more, weights, one in zip(rewards, added, lengths, greedy, strict=True):
+        # Two rows of samples: the first responses, and the added ones among them. No weight where a place has no row.
+        row, column = more.astype(int), np.cumsum(~more) - 1
+        first = own[~more]
+        final, weight = np.stack([first, first]), np.zeros((2, len(first)))
+        final[row, column], weight[row, column] = own, weights
+        views.append(_group_rewards(final, np.stack([first, first]), weight, np.stack([one, one]), k))
+        places.append((row, column))
+    return [found[place] for found, place in zip(_advantages_of(views, estimator), places, strict=True)]
+
+
+def _greedy(estimator: Estimator, rewards: np.ndarray | None, num_groups: int) -> np.ndarray:
+    if estimator == "remax" and rewards is None:
         raise ValueError("the estimator remax wants the rewards of greedy responses, came none")
-    groups = GroupRewards(
-        rewards.astype(np.float64),
-        first_rewards.astype(np.float64),
-        np.ones(rewards.shape) if lengths is None else lengths.astype(np.float64),
-        np.full((len(rewards), 1), np.nan) if greedy_rewards is None else greedy_rewards.astype(np.float64)[:, None],
-        k,
-    )
-    return ESTIMATORS[estimator](groups).astype(np.float32)
+    return np.full((num_groups, 1), np.nan) if rewards is None else rewards[:, None]
+
+
+def _group_rewards(
+    final: np.ndarray, first: np.ndarray, lengths: np.ndarray, greedy: np.ndarray, k: int
+) -> GroupRewards:
+    return GroupRewards(*(one.astype(np.float64) for one in (final, first, lengths, greedy)), k)
+
+
+def _advantages_of(parts: Sequence[GroupRewards], estimator: Estimator) -> list[np.ndarray]:
+    """float32 [groups, n] advantages of the parts of one rollout batch, by their sizes of groups."""
+    found = [ESTIMATORS[estimator](part) for part in parts]
+    if estimator in WHITENED:
+        values = np.concatenate([one.ravel() for one in found])
+        white = _whiten(values, np.concatenate([part.lengths.ravel() for part in parts]))
+        ends = np.cumsum([one.size for one in found])[:-1]
+        found = [own.reshape(one.shape) for own, one in zip(np.split(white, ends), found, strict=True)]
+    return [one.astype(np.float32) for one in found]
 
 
 def _group_mean(groups: GroupRewards) -> np.ndarray:
@@ -93,16 +146,16 @@ def _remax(groups: GroupRewards) -> np.ndarray:
 
 
 def _reinforce_plus_plus(groups: GroupRewards) -> np.ndarray:
-    """r, whitened over the policy tokens of the whole rollout batch. REINFORCE++, arXiv 2501.03262.
+    """r, whitened (`WHITENED`) over the policy tokens of the whole rollout batch. REINFORCE++, arXiv 2501.03262.
 
     With γ = 1 and a reward at the end, every token of a sample has the same return, so a sample counts by its length.
     """
-    return _whiten(groups.final, groups.lengths)
+    return groups.final
 
 
 def _reinforce_plus_plus_baseline(groups: GroupRewards) -> np.ndarray:
     """r − mean of the group, then whitened over the whole rollout batch. REINFORCE++ with baseline, ibid."""
-    return _whiten(_group_mean(groups), groups.lengths)
+    return _group_mean(groups)
 
 
 def _pass_at_k(groups: GroupRewards) -> np.ndarray:
@@ -173,6 +226,7 @@ ESTIMATORS: Mapping[Estimator, Callable[[GroupRewards], np.ndarray]] = {
     "best_of_n": _best_of_n,
     "g2rpo": _g2rpo,
 }
+WHITENED: frozenset[Estimator] = frozenset({"reinforce_plus_plus", "reinforce_plus_plus_baseline"})
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

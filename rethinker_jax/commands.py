@@ -173,6 +173,8 @@ def _distill(request: Request) -> None:
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, help="the directory to write")
+    which = "of a run: best by validation reward, or that of step N (default: last)"
+    parser.add_argument("--checkpoint", metavar="best|last|N", help=which)
 
 
 def _export(request: Request) -> None:
@@ -181,7 +183,7 @@ def _export(request: Request) -> None:
         raise UserError("export: wanted --output DIR, the directory to write")
     from rethinker_jax.export import export
 
-    export(source, request.options.output)
+    export(source, request.options.output, request.options.checkpoint)
 
 
 def _report(request: Request) -> None:
@@ -311,8 +313,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "a run or a checkpoint as a Hugging Face directory",
-        "RUN_OR_CHECKPOINT --output DIR",
-        "The directory is one that transformers and vLLM load. A run means its last checkpoint.",
+        "RUN_OR_CHECKPOINT --output DIR [--checkpoint best|last|N]",
+        "The directory is one that transformers and vLLM load. A run means its last checkpoint, unless told otherwise.",
         _export,
         _export_options,
         takes_mesh=False,

@@ -33,7 +33,8 @@ class RunConfig:
     seed: NonNegative = 0
     num_steps: NonNegative = 100  # rollout batches; each makes one or more optimizer steps
     save_every: Positive = 20  # steps between checkpoints; the last step is always saved
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest ones
+    keep_best: NonNegative = 1  # beside them, by mean reward on data.validation, where there is validation
     rollouts_every: Positive = 10  # steps between rollout files; the first and last step are always written
     compilation_cache: str = "~/.cache/rethinker_jax/xla"  # "" = none
     max_bad_rows: NonNegative = 100  # unreadable rows survived before the run stops
@@ -73,6 +74,7 @@ class MeshConfig:
 class DataConfig:
     train: str = "example:train"  # parquet, JSON lines, a hub id, or example:SPLIT
     test: str = "example:test"  # evaluated before and after, never trained on
+    validation: str = ""  # measured every evaluation.validate_every steps, never trained on; "" = none
     image_root: str = ""  # "" = the folder of the rows file
     prompt_template: str = "default"  # a name of prompts/template.py, or none
     max_prompt_tokens: Positive = 2048  # longer prompts leave the data, counted; never cut inside an image
@@ -181,11 +183,12 @@ class RethinkConfig:
     max_new_tokens: Positive = 1024  # of the second look; longer ones are not kept
     truncate: Fraction = 0.0  # rule paper: probability of cutting the first response (released code: 0.5)
     truncate_at: Literal["released", "last_answer", "paragraph", "sentence"] = "released"  # rule paper: where
-    keep: Literal["correct", "all"] = "correct"  # which second looks take the first response's place
+    keep: Literal["correct", "all"] = "correct"  # which second looks are trained on
     min_second_tokens: NonNegative = 0  # shorter second looks are not kept (released code: 31)
     max_waits: NonNegative = 0  # second looks with more, their trigger included, are not kept; 0 = no limit
     answer_again: bool = False  # is a second look without an answer of its own not kept
     max_kept_per_problem: Positive = 2  # the first ones, by sample number
+    kept_as: Literal["replacement", "addition"] = "replacement"  # of the first response; addition = one row more
     baseline: Literal["first", "final"] = "first"  # rewards that an advantage compares with: before or after keeping
     policy_on: Literal["second", "first_and_second"] = "second"  # of a kept row; the trigger never
     nll_on: Literal["none", "second", "trigger_and_second", "all"] = "trigger_and_second"  # tokens of nll_rows
@@ -257,6 +260,8 @@ class EvaluationConfig:
     num_sampled_problems: NonNegative = 128  # n samples each at temperature 1
     samples_per_problem: Positive = 8
     batch_size: Positive = 64  # problems per rollout batch
+    validate_every: NonNegative = 0  # steps; before the first and after the last too; 0 = no validation
+    num_validation_problems: NonNegative = 256  # first rows of data.validation, greedy; 0 = all
 
 
 @dataclasses.dataclass(frozen=True)

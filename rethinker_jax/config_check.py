@@ -27,6 +27,7 @@ def check(config: Config) -> list[str]:
         *_check_finite(config),
         *check_mesh(config.mesh),
         *_check_sampling(config),
+        *_check_validation(config),
         *_check_batches(config),
         *_check_replay(config.replay),
         *_check_reward(config.reward),
@@ -79,6 +80,22 @@ def _check_sampling(config: Config) -> list[str]:
     if low and high and low > high:
         problems.append(f"data.min_pixels {low} is above data.max_pixels {high}")
     return problems
+
+
+def _check_validation(config: Config) -> list[str]:
+    """Rows and their interval are said together: one alone would measure nothing."""
+    source, every = config.data.validation, config.evaluation.validate_every
+    if source and not every:
+        return [
+            f"data.validation is {source} and evaluation.validate_every 0, by which nothing is measured; set the steps "
+            "between two validations, such as evaluation.validate_every=10"
+        ]
+    if every and not source:
+        return [
+            f"evaluation.validate_every is {every} and data.validation is empty; name held-out rows with "
+            "data.validation=ROWS, or leave it at 0"
+        ]
+    return []
 
 
 def _check_batches(config: Config) -> list[str]:

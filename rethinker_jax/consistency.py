@@ -13,6 +13,7 @@ from rethinker_jax.config_rewards import ConsistencyConfig
 from rethinker_jax.types import Rollout
 
 MIN_ACCURACY = 0.1
+ROUNDING = 1e-9  # a mean of equal likelihoods may come out above each of them
 
 
 def answer_mask(rollout: Rollout, decode: Callable[[np.ndarray], str]) -> np.ndarray:
@@ -50,7 +51,7 @@ def consistent(accuracy: np.ndarray, likelihoods: np.ndarray, margin: float) -> 
     accurate = (accuracy > MIN_ACCURACY) & (accuracy >= accuracy.mean(axis=1, keepdims=True)) & ~np.isnan(likelihoods)
     known = np.where(accurate, likelihoods, 0.0)
     mean = known.sum(axis=1, keepdims=True) / np.maximum(accurate.sum(axis=1, keepdims=True), 1)
-    return accurate, accurate & (known >= mean - margin)
+    return accurate, accurate & (known >= mean - margin - ROUNDING)
 
 
 def bonuses(accuracy: np.ndarray, likelihoods: np.ndarray, config: ConsistencyConfig) -> np.ndarray:

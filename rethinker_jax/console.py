@@ -131,6 +131,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     for label, name in _FIRST_LAST:
         share = summary.get(name) or {}
         _add_row(table, label, share.get("first"), share.get("last"))
+    if summary.get("validation"):
+        _add_validation(table, summary["validation"])
     return table
 
 
@@ -143,6 +145,25 @@ def print_summary(summary: Mapping[str, Any], paths: Mapping[str, Path | str], c
         console.print(f"took {_duration(summary['wall_s'])}{cpu}", highlight=False)
     for label, path in paths.items():
         console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _add_validation(table: Table, validation: Mapping[str, Any]) -> None:
+    """Greedy responses to the validation rows: before the first step, after the last, and at the best checkpoint."""
+    before, last, best = (validation.get(when) or {} for when in ("before", "last", "best"))
+    table.add_section()
+    table.add_row("[bold]in validation[/bold]", "[bold]before[/bold]", "[bold]after[/bold]", "")
+    step = validation.get("best_step")
+    for when, found in (("last", last), (f"best, checkpoint {step}", best)):
+        table.add_row(
+            f"reward, {when}", *(_number(_or_nan(scores, "reward"), ".3f") for scores in (before, found)),
+            _number(_or_nan(found, "reward") - _or_nan(before, "reward"), "+.3f"),
+        )  # fmt: skip
+        _add_row(table, f"accuracy, {when}", before.get("accuracy"), found.get("accuracy"))
+
+
+def _or_nan(scores: Mapping[str, Any], name: str) -> float:
+    value = scores.get(name)
+    return float("nan") if value is None else value
 
 
 def _add_row(table: Table, label: str, before: float | None, after: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation inside a run: the test split greedily, and by n samples, with the training sampler and verifier."""
+"""Evaluation inside a run: rows greedily, and by n samples, with the training sampler and verifier."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -58,6 +58,17 @@ def evaluate(system: System, params: Params, prompts: Sequence[Prompt], config: 
         for source in sources
     }
     return Evaluation(scores, per_source, groups)
+
+
+def mean_scores(
+    system: System, params: Params, prompts: Sequence[Prompt], config: Config, scorer: Scorer
+) -> dict[str, float]:
+    """Mean `reward` and `accuracy` of one greedy response to each of `prompts`; otherwise as `evaluate`."""
+    rollouts = _draw(system, params, prompts, 1, 0.0, config, scorer)
+    return {
+        "reward": _mean([rollout.reward for rollout in rollouts]),
+        "accuracy": _mean([rollout.verdict.correct for rollout in rollouts]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

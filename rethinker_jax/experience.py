@@ -1,14 +1,14 @@
 """verify → advantage → what an update learns from: rewards made whole, advantages, old log-probs, micro-batches."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rethinker_jax import consistency, replay
-from rethinker_jax.advantage import group_advantages
+from rethinker_jax.advantage import advantages_with_added, group_advantages
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.rewards.scorer import Scorer
@@ -104,24 +104,24 @@ def with_consistency(
         log_probs = teacher_forced(config, system, updater, updater.averaged_params(state), rows)
     likelihoods = np.array(
         [consistency.likelihood(own, mask, settings.cap) for own, mask in zip(log_probs, masks, strict=True)]
-    ).reshape(len(groups), -1)
-    accuracy = np.array([float(rollout.verdict.correct) for rollout in rollouts]).reshape(likelihoods.shape)
-    accurate, consistent = consistency.consistent(accuracy, likelihoods, settings.margin)
-    bonuses = consistency.bonuses(accuracy, likelihoods, settings)
-    metrics = {
+    )
+    accuracy = np.array([float(rollout.verdict.correct) for rollout in rollouts])
+    ends = np.cumsum([len(group.rollouts) for group in groups])[:-1]
+    rewarded: list[Group] = []
+    shares: list[bool] = []
+    for group, right, likely in zip(groups, np.split(accuracy, ends), np.split(likelihoods, ends), strict=True):
+        accurate, consistent = consistency.consistent(right[None], likely[None], settings.margin)
+        shares += consistent[accurate].tolist()
+        [bonuses] = consistency.bonuses(right[None], likely[None], settings)
+        with_bonus = [
+            _with_part(rollout, "consistency", bonus, 1.0)
+            for rollout, bonus in zip(group.rollouts, bonuses.tolist(), strict=True)
+        ]
+        rewarded.append(dataclasses.replace(group, rollouts=tuple(with_bonus)))
+    return rewarded, {
         "answer_likelihood": share(likelihoods[~np.isnan(likelihoods)].tolist()),
-        "consistent_share": share(consistent[accurate].tolist()),
+        "consistent_share": share(shares),
     }
-    return [
-        dataclasses.replace(
-            group,
-            rollouts=tuple(
-                _with_part(rollout, "consistency", bonus, 1.0)
-                for rollout, bonus in zip(group.rollouts, row.tolist(), strict=True)
-            ),
-        )
-        for group, row in zip(groups, bonuses, strict=True)
-    ], metrics
 
 
 def _with_part(rollout: Rollout, term: str, value: float, weight: float) -> Rollout:
@@ -157,15 +157,20 @@ def with_advantages(groups: Sequence[Group], config: Config, greedy: np.ndarray 
 
     `rethink.baseline: final` compares with the rewards of what is trained on, as the released code does.
     """
-    baseline = config.rethink.baseline
-    advantages = group_advantages(
-        np.stack([group.rewards for group in groups]),
-        np.stack([group.first_rewards if baseline == "first" else group.rewards for group in groups]),
-        config.advantage.estimator,
-        lengths=np.stack([[group.masks(one)[0].sum() for one in group.rollouts] for group in groups]),
-        greedy_rewards=greedy,
-        k=config.advantage.k,
-    )
+    estimator, k, baseline = config.advantage.estimator, config.advantage.k, config.rethink.baseline
+    rewards = [group.rewards for group in groups]
+    lengths = [np.array([group.masks(one)[0].sum() for one in group.rollouts]) for group in groups]
+    advantages: Iterable[np.ndarray]
+    if config.rethink.kept_as == "addition":
+        added = [group.added for group in groups]
+        advantages = advantages_with_added(
+            rewards, added, estimator, baseline, lengths=lengths, greedy_rewards=greedy, k=k
+        )  # fmt: skip
+    else:
+        compared = [group.first_rewards for group in groups] if baseline == "first" else rewards
+        advantages = group_advantages(
+            np.stack(rewards), np.stack(compared), estimator, lengths=np.stack(lengths), greedy_rewards=greedy, k=k
+        )
     return [
         dataclasses.replace(
             group,
@@ -189,15 +194,28 @@ def experience_of(group: Group, rollout: Rollout, update: int) -> replay.Experie
         old_log_probs=rollout.completion.log_probs,
         advantage=rollout.advantage,
         update=update,
+        added=group.is_added(rollout),
     )
 
 
 def cut_order(config: Config, experiences: Sequence[replay.Experience], step: int) -> Sequence[replay.Experience]:
-    """The rows of a rollout in the order in which optimizer steps are cut from them: whole groups, or shuffled."""
+    """The rows of a rollout in the order in which optimizer steps are cut from them: whole groups, or shuffled.
+
+    A row that was added stays behind its first response.
+    """
     if config.training.cut == "group":
         return experiences
-    order = np.random.default_rng([config.run.seed, step, CUT_STREAM]).permutation(len(experiences))
-    return [experiences[place] for place in order]
+    samples = replay.by_sample(experiences)
+    order = np.random.default_rng([config.run.seed, step, CUT_STREAM]).permutation(len(samples))
+    return replay.joined([samples[place] for place in order])
+
+
+def cut_batches(
+    config: Config, experiences: Sequence[replay.Experience], step: int
+) -> list[tuple[replay.Experience, ...]]:
+    """The rows of a rollout by optimizer steps: `training.batch_size` samples each, with the rows added to them."""
+    samples, size = replay.by_sample(cut_order(config, experiences, step)), config.training.batch_size
+    return [replay.joined(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
 def make_batches(
@@ -219,7 +237,13 @@ def make_batches(
     fresh = [row(one, first_update, weight) for one, weight in zip(chosen.fresh, weights[:split], strict=True)]
     replayed = zip(chosen.replayed, weights[split:], strict=True)
     rows = fresh + [row(one, False, weight) for one, weight in replayed if one.problem in prompt_of]
-    return pack_to_train(config, system, rows, longest_completion(config, system), config.training.batch_size)
+    return pack_to_train(config, system, rows, longest_completion(config, system), most_rows(config))
+
+
+def most_rows(config: Config) -> int:
+    """Rows that the arrays of an optimizer step have room for: each sample's own, and one that may be added to it."""
+    adds = config.rethink.rule != "off" and config.rethink.kept_as == "addition"
+    return config.training.batch_size * (2 if adds else 1)
 
 
 def loss_of(config: Config, system: System) -> LossConfig:

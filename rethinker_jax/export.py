@@ -1,5 +1,6 @@
 """Out to Hugging Face: a run or checkpoint becomes a directory that transformers and vLLM load."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,11 +22,14 @@ from rethinker_jax.evaluation.trained import COMPANIONS, checkpoint_of, load_tra
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weights import checkpoint_bytes, save_params
+from rethinker_jax.training.checkpoint import CheckpointStore
+from rethinker_jax.validation import best_step
 
 
-def export(source: Path, output: Path) -> Path:
-    """The `export` command: `source` is a run directory (its newest checkpoint counts) or one of its checkpoints.
+def export(source: Path, output: Path, checkpoint: str | None = None) -> Path:
+    """The `export` command: `source` is a run directory or one of its checkpoints.
 
+    `checkpoint` is which one of a run: last (as None), best (by validation reward) or the number of its step.
     Refuses an output directory that holds something. Raises UserError.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -36,6 +40,7 @@ def export(source: Path, output: Path) -> Path:
             f"export: wanted a run directory with config.yaml and checkpoints/, or one of its checkpoints; "
             f"came {source}."
         )
+    found = found[0], _step_of(*found, checkpoint)
     config = dataclasses.replace(load_config(found[0] / "config.yaml", []), mesh=MeshConfig())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +52,27 @@ def export(source: Path, output: Path) -> Path:
     write_model_directory(system.directory, output, system.model.config, system.merged_params(params))
     print(output)
     return output
+
+
+def _step_of(run: Path, named: int | None, checkpoint: str | None) -> int | None:
+    """The step that is asked for, None for the last; `named` is that of the path, if it is one of a checkpoint."""
+    if named is not None and checkpoint is not None:
+        raise UserError(
+            f"export: {run / 'checkpoints' / str(named)} and --checkpoint {checkpoint} both say which checkpoint; "
+            "leave one out."
+        )
+    if checkpoint is None or checkpoint == "last":
+        return named
+    if checkpoint == "best":
+        return best_step(run)
+    with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
+        there = {str(step): step for step in store.steps}
+    if checkpoint not in there:
+        raise UserError(
+            f"export: --checkpoint {checkpoint}: wanted best, last or the number of a checkpoint of {run} "
+            f"(there: {', '.join(there) or 'none'})."
+        )
+    return there[checkpoint]
 
 
 def write_model_directory(source: Path, output: Path, config: QwenConfig, params: Params) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +9,13 @@ from typing import Any
 
 import jax
 
-from rethinker_jax import replay
+from rethinker_jax import replay, validation
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
 from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluate import Evaluation, evaluate
-from rethinker_jax.experience import (
-    cut_order,
-    experience_of,
-    loss_of,
-    make_batches,
-    trainer_log_probs,
-    with_trainer_log_probs,
-)
+from rethinker_jax.experience import loss_of, make_batches, trainer_log_probs
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
@@ -43,6 +35,7 @@ from rethinker_jax.step_metrics import (
     share,
     speed_metrics,
 )
+from rethinker_jax.step_rows import num_waiting, rows_of_step
 from rethinker_jax.stopping import StopRequest, listening
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
@@ -65,6 +58,7 @@ class Progress:
     started: tuple[float, float]  # of wall and CPU clock, moved back by what earlier processes of this run spent
     kl_coefficient: float
     cursor: int = 0  # the place in the data order from which the next rollout batch is drawn
+    validation_before: dict[str, float] | None = None
 
     @property
     def spent(self) -> dict[str, float]:
@@ -85,8 +79,9 @@ def train(config: Config, name: str) -> Path:
             with VerifierPool(config.verifier) as pool, Scorer(config, pool) as scorer:
                 system = load_system(config)
                 run.start(config)
+                kept = config.run.keep_checkpoints, config.run.keep_best if config.data.validation else 0
                 with (
-                    contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
+                    contextlib.closing(CheckpointStore(run.path / "checkpoints", *kept)) as store,
                     MetricsLog(run.path, store.latest_step or 0) as log,
                 ):
                     updater, progress = begin(config, system, store, splits, started)
@@ -120,22 +115,40 @@ def run_steps(
             found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
             run.write_evaluation("before", found.groups)
             progress.before = found.scores
+        if validation.is_due(config, 0) and progress.validation_before is None:
+            shown.phase("validation before")
+            progress.validation_before = validation.measure(
+                config, system, splits.validation, progress.state, scorer, run
+            )
         shown.phase("training")
         while progress.step < config.run.num_steps:
             with stop.held():
                 metrics, groups = train_step(config, system, updater, splits.train, order, scorer, progress, run)
+                measured = None
+                if validation.is_due(config, progress.step):
+                    shown.phase("validation")
+                    began = time.monotonic()
+                    measured = validation.measure(config, system, splits.validation, progress.state, scorer, run)
+                    metrics |= validation.as_metrics(measured, time.monotonic() - began)
+                    shown.note(validation.as_line(progress.step, measured))
                 log.write(progress.step - 1, metrics)
                 last = progress.step == config.run.num_steps
-                if (progress.step - 1) % config.run.rollouts_every == 0 or last:
+                if is_recorded(config, progress.step - 1):
                     run.write_rollouts(progress.step - 1, groups)
-                if progress.step % config.run.save_every == 0 or last or stop.asked:
-                    save(store, progress, splits)
+                chosen_from = measured is not None and config.run.keep_best > 0
+                if progress.step % config.run.save_every == 0 or last or stop.asked or chosen_from:
+                    save(store, progress, splits, measured)
                 shown.update(progress.step, {name: metrics[name] for name in SHOWN})
         shown.phase("evaluation after")
         found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
         run.write_evaluation("after", found.groups)
     store.wait()
     run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)))
+
+
+def is_recorded(config: Config, step: int) -> bool:
+    """Whether the rollouts of this step are kept, and the rows that were trained on."""
+    return step % config.run.rollouts_every == 0 or step + 1 == config.run.num_steps
 
 
 def begin(
@@ -155,11 +168,19 @@ def begin(
             f"data.train: {config.data.train} does not hold the rows with which the run in {store.directory.parent} "
             "began, and its replay buffer names them by number. Put them back, or name another run.dir."
         )
+    if validation.is_due(config, 0) and saved.meta.get("validation_data") != splits.validation_hash:
+        raise UserError(
+            f"data.validation: {config.data.validation} does not hold the rows on which the run in "
+            f"{store.directory.parent} was measured before. Put them back, or name another run.dir."
+        )
     started = started[0] - saved.meta["wall_s"], started[1] - saved.meta["cpu_s"]
     coefficient = saved.meta.get("kl_coefficient", config.loss.kl_coefficient)
     step, buffer = saved.meta["step"], replay.from_arrays(saved.arrays)
     cursor = saved.meta.get("cursor", step * config.rollout.prompts_per_step)
-    return updater, Progress(step, saved.state, buffer, saved.meta["before"], started, coefficient, cursor)
+    return updater, Progress(
+        step, saved.state, buffer, saved.meta["before"], started, coefficient, cursor,
+        saved.meta.get("validation_before"),
+    )  # fmt: skip
 
 
 def train_step(
@@ -173,41 +194,31 @@ def train_step(
     run: RunDirectory,
 ) -> tuple[dict[str, float], list[Group]]:
     """One step: rollout batches, mostly one, and optimizer steps. Changes `progress`; returns metrics and rollouts."""
-    begin_time, compiled, epsilon = time.monotonic(), CompileCounter(), config.advantage.epsilon
-    update, n = int(jax.device_get(progress.state.num_updates)), config.rollout.samples_per_prompt
-    dynamic = config.replay.mode == "dynamic"
+    begin_time, compiled = time.monotonic(), CompileCounter()
+    update = int(jax.device_get(progress.state.num_updates))
 
     # prompt, rollout, verify, advantage
-    carried = replay.young_enough(progress.buffer, config.replay, n, update) if dynamic else ()
-    num_wanted = config.rollout.prompts_per_step - len(carried) // n if dynamic else 0
-    place = Place(progress.step, progress.cursor, progress.kl_coefficient)
-    rounds = draw_rounds(
-        config, system, updater, progress.state, problems, order, scorer, run, place, num_wanted
-    )  # fmt: skip
+    waiting = num_waiting(config, progress.buffer, update)
+    place = Place(progress.step, progress.cursor, progress.kl_coefficient, waiting)
+    rounds = draw_rounds(config, system, updater, progress.state, problems, order, scorer, run, place)
     groups, progress.cursor = rounds.groups, rounds.cursor
-    metrics = rounds.metrics | rollout_metrics(groups, epsilon) | sampling_metrics(rounds.rolled)
+    metrics = rounds.metrics | rollout_metrics(groups, config.advantage.epsilon) | sampling_metrics(rounds.rolled)
 
     # replay
     prompt_of = {group.problem: group.prompt for group in groups}
-    drawn = [[experience_of(group, rollout, update) for rollout in group.rollouts] for group in groups]
-    shared = replay.Share((), tuple(itertools.chain(*drawn)), ())
-    if dynamic:
-        shared = replay.share_out(drawn, carried, config.rollout.prompts_per_step * n, epsilon)
-        metrics |= {"resample_rounds": rounds.num_resamples, "resampled_groups": rounds.num_later}
-        metrics["carried_groups"] = len(shared.surplus) // n
-    if trainer_log_probs(config, system):
-        rows, split = [*shared.fresh, *shared.surplus], len(shared.fresh)
-        rows, gaps = with_trainer_log_probs(config, system, updater, progress.state.params, rows, prompt_of)
-        shared, metrics = replay.Share(shared.carried, tuple(rows[:split]), tuple(rows[split:])), metrics | gaps
-    if dynamic:
-        progress.buffer = shared.surplus
-    experiences = cut_order(config, [*shared.carried, *shared.fresh], progress.step)
+    rows = rows_of_step(
+        config, system, updater, progress.state, rounds, prompt_of, progress.buffer, progress.step
+    )  # fmt: skip
+    progress.buffer = rows.buffer
+    metrics |= rows.metrics
 
     # update
-    follow_kl(config, progress, metrics, len(groups) * n)
-    made, work = learn(config, system, updater, problems, experiences, prompt_of, progress, run)
+    follow_kl(config, progress, metrics, sum(len(group.rollouts) for group in groups))
+    made, work = learn(config, system, updater, problems, rows.batches, prompt_of, progress, run)
     metrics |= made
     refuse_bad_updates(config, progress)
+    if is_recorded(config, progress.step):
+        run.write_trained(progress.step, work.trained)
 
     progress.step += 1
     metrics["replay_size"] = len(progress.buffer)
@@ -224,28 +235,28 @@ def learn(
     system: System,
     updater: Updater,
     problems: Sequence[Problem],
-    experiences: Sequence[replay.Experience],
+    batches: Sequence[Sequence[replay.Experience]],
     prompt_of: dict[int, Prompt],
     progress: Progress,
     run: RunDirectory,
 ) -> tuple[dict[str, float], UpdateWork]:
     """The optimizer steps of one step, each filled from the buffer. Changes `progress`; returns means of their metrics.
 
-    `prompt_of` has the prompts of `experiences` by row number; those of replayed rows are added.
+    `batches`: their rows before that. `prompt_of` has the prompts of these by row number; those of replayed rows are
+    added.
     """
     found, work, begin_time = [], UpdateWork(), time.monotonic()
-    drawn_at = int(jax.device_get(progress.state.num_updates))
-    for start in range(0, len(experiences), config.training.batch_size):
-        raw = experiences[start : start + config.training.batch_size]
+    drawn_at, rollout = int(jax.device_get(progress.state.num_updates)), replay.joined(batches)
+    for number, raw in enumerate(batches):
         update = int(jax.device_get(progress.state.num_updates))
         epsilon, name = config.advantage.epsilon, (config.run.seed, update)
-        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, experiences, drawn_at)
+        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, rollout, drawn_at)
         progress.buffer = chosen.buffer
         sums: dict[str, Any] = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), progress.step, run))
-            packed = make_batches(config, system, prompt_of, chosen, start == 0)
+            packed = make_batches(config, system, prompt_of, chosen, number == 0)
             progress.state, made = updater.step(progress.state, packed.batches, progress.kl_coefficient)
             sums = made | packing_metrics(packed)
             work.tokens += packed.num_tokens
@@ -256,9 +267,10 @@ def learn(
             if config.loss.kl == "loss":
                 sums["kl_coefficient"] = progress.kl_coefficient
                 follow_kl(config, progress, made, len(chosen.fresh) + len(chosen.replayed))
-        if start > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
+        if number > 0 or trainer_log_probs(config, system):  # the policy is the sampler's own in the first one only
             sums = {key: value for key, value in sums.items() if not key.startswith("sampler_trainer_gap")}
         found.append(batch_metrics(raw, chosen, epsilon, update, sums))
+        work.trained.append((update, chosen))
     work.seconds = time.monotonic() - begin_time
     return mean_metrics(found), work
 
@@ -281,10 +293,16 @@ def refuse_bad_updates(config: Config, progress: Progress) -> None:
         )
 
 
-def save(store: CheckpointStore, progress: Progress, splits: Splits) -> None:
+def save(
+    store: CheckpointStore, progress: Progress, splits: Splits, measured: Mapping[str, float] | None = None
+) -> None:
+    """Begin to write a checkpoint; `measured` is what its weights reach on the validation rows."""
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     meta |= {"kl_coefficient": progress.kl_coefficient, "cursor": progress.cursor}
-    store.save(progress.step, Saved(progress.state, replay.to_arrays(progress.buffer), meta))
+    if splits.validation:
+        meta |= {"validation_before": progress.validation_before, "validation_data": splits.validation_hash}
+    saved = Saved(progress.state, replay.to_arrays(progress.buffer), meta)
+    store.save(progress.step, saved, measured["reward"] if measured is not None else None)
 
 
 def summarize(
@@ -304,12 +322,14 @@ def summarize(
         }
 
     device = jax.devices()[0]
+    found = {"validation": validation.summary_of(progress.validation_before, validation.curve(rows))}
     return {
         "name": name,
         "num_steps": config.run.num_steps,
         "before": progress.before,
         "after": after.scores,
         "after_per_source": after.per_source,
+        **(found if config.data.validation else {}),
         "zero_advantage_share": ends("zero_advantage_share"),
         "effective_share": ends("effective_share"),
         "parameters": count_parameters(progress.state.params, config.model.freeze),

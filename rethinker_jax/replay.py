@@ -27,7 +27,8 @@ the loss sees how far the policy has moved since, and clips.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Experience:
 
     Arrays are [length]: tokens, masks of the policy gradient and of the supervised loss, behaviour log-probs. Where
     `old_log_probs` are the trainer's, `sampler_log_probs` may be those that drew it (`loss.importance_cap`).
+    `added`: a kept second look beside its first response, which is the row before it (`rethink.kept_as: addition`).
     """
 
     problem: int
@@ -50,6 +52,7 @@ class Experience:
     advantage: float
     update: int = 0  # optimizer step at which it was drawn
     sampler_log_probs: np.ndarray | None = None
+    added: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ def select(
     drawn_at: int = 0,
 ) -> Selection:
     """The rows of one optimizer step from its share `raw` of the `rollout` (None: all of it) and from the buffer.
+
+    Rows that were added to their samples are rows like others: they count in `raw`, teach, ride along and are kept.
 
     Rows are effective where |advantage| > epsilon; no other is ever drawn or kept. Rows without advantage but with a
     supervised loss ride along, out of the policy gradient: successful second looks, which the paper wants learned
@@ -126,15 +131,15 @@ def young_enough(
     buffer: Sequence[Experience], config: ReplayConfig, group_size: int, update: int
 ) -> tuple[Experience, ...]:
     """Of the groups that wait in `buffer`, rows of a group one behind the other, those within `max_age` at `update`."""
-    groups = [buffer[start : start + group_size] for start in range(0, len(buffer), group_size)]
-    limit = config.max_age
-    return tuple(row for group in groups for row in group if not limit or update - group[0].update <= limit)
+    samples, limit = by_sample(buffer), config.max_age
+    groups = [joined(samples[start : start + group_size]) for start in range(0, len(samples), group_size)]
+    return joined([group for group in groups if not limit or update - group[0].update <= limit])
 
 
 def share_out(
-    groups: Sequence[Sequence[Experience]], carried: Sequence[Experience], num_rows: int, epsilon: float
+    groups: Sequence[Sequence[Experience]], carried: Sequence[Experience], num_samples: int, epsilon: float
 ) -> Share:
-    """`num_rows` rows for a step: the carried groups, then those of `groups` with an advantage, in their order.
+    """`num_samples` samples for a step: the carried groups, then those of `groups` with an advantage, in their order.
 
     Where these are too few, the other groups follow, as far as there are places, those with a supervised row first:
     `select` will leave their rows out, but for the supervised ones. Of too many, the last wait for the next step.
@@ -142,10 +147,25 @@ def share_out(
     teaching = [group for group in groups if effective_rows(group, epsilon)]
     others = [group for group in groups if not effective_rows(group, epsilon)]
     others.sort(key=lambda group: not any(row.nll_mask.any() for row in group))
-    rows = [row for group in teaching for row in group]
-    places = num_rows - len(carried)
-    fillers = [row for group in others for row in group][: max(places - len(rows), 0)]
-    return Share(tuple(carried), (*rows[:places], *fillers), tuple(rows[places:]))
+    samples = by_sample(joined(teaching))
+    places = num_samples - len(by_sample(carried))
+    fillers = by_sample(joined(others))[: max(places - len(samples), 0)]
+    return Share(tuple(carried), joined([*samples[:places], *fillers]), joined(samples[places:]))
+
+
+def by_sample(rows: Iterable[Experience]) -> list[tuple[Experience, ...]]:
+    """The rows by their samples: one each, and a second one where it was added to the first."""
+    samples: list[tuple[Experience, ...]] = []
+    for row in rows:
+        if row.added:
+            samples[-1] = (*samples[-1], row)
+        else:
+            samples.append((row,))
+    return samples
+
+
+def joined(parts: Iterable[Sequence[Experience]]) -> tuple[Experience, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 def effective_rows(rows: Sequence[Experience], epsilon: float) -> tuple[Experience, ...]:
@@ -209,7 +229,10 @@ def draw(weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 
 
 def to_arrays(buffer: Sequence[Experience]) -> dict[str, np.ndarray]:
-    """The buffer as padded arrays [rows, longest], for the checkpoint; of the sampler's log-probs if a row has them."""
+    """The buffer as padded arrays [rows, longest], for the checkpoint.
+
+    The sampler's log-probs, and which rows were added, are there if a row has them and if a row was.
+    """
     length = max([len(one.completion_ids) for one in buffer], default=1)
     rows = max(len(buffer), 1)  # array stores refuse empty arrays; `length` 0 marks the filler
     arrays = {
@@ -237,12 +260,14 @@ def to_arrays(buffer: Sequence[Experience]) -> dict[str, np.ndarray]:
             if row.sampler_log_probs is not None:
                 drawn_by[place, : len(row.sampler_log_probs)] = row.sampler_log_probs
         arrays["sampler_log_probs"] = drawn_by
+    if any(row.added for row in buffer):
+        scalars["added"] = np.array([row.added for row in buffer])
     return arrays | scalars
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Experience, ...]:
     """What `to_arrays` wrote."""
-    drawn_by = arrays.get("sampler_log_probs")
+    drawn_by, added = arrays.get("sampler_log_probs"), arrays.get("added")
     return tuple(
         Experience(
             problem=int(arrays["problem"][place]),
@@ -253,6 +278,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> tuple[Experience, ...]:
             advantage=float(arrays["advantage"][place]),
             update=int(arrays["update"][place]),
             sampler_log_probs=None if drawn_by is None else drawn_by[place, :length],
+            added=added is not None and bool(added[place]),
         )
         for place, length in enumerate(arrays["length"])
         if length > 0

@@ -27,7 +27,7 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
 NOISE = 1e-6  # what a mean over equal float32 rewards may leave of an advantage
 DEFAULTS = RethinkConfig()
 
-# Why a second look does not take its first response's place, in the order in which it is asked.
+# Why a second look is not trained on, in the order in which it is asked.
 NotKept = Literal["wrong", "unfinished", "short", "waits", "no_answer", "full"]
 NOT_KEPT: tuple[NotKept, ...] = ("wrong", "unfinished", "short", "waits", "no_answer", "full")
 NLL_SEGMENTS = {
@@ -163,7 +163,7 @@ def why_not_kept(config: RethinkConfig, forced: Completion, verdict: Verdict, nu
 
 
 def is_kept(config: RethinkConfig, forced: Completion, verdict: Verdict, num_kept: int) -> bool:
-    """Is a forced completion trained on, in place of its first response."""
+    """Is a forced completion trained on, in place of its first response or beside it (`kept_as`)."""
     return why_not_kept(config, forced, verdict, num_kept) is None
 
 

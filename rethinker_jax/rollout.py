@@ -17,9 +17,11 @@ from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The rollouts of one prompt; `problem` is the number of its dataset row.
+    """The rollouts of one prompt, a row to learn from each; `problem` is the number of its dataset row.
 
-    `rethinking`: by what second looks were forced on them and kept, and are learned from.
+    `rethinking`: by what second looks were forced on them and kept, and are learned from. Where these are added
+    (`kept_as`), a sample whose second look is kept has two rollouts: its first response alone and, right behind it, the
+    kept one.
     """
 
     problem: int
@@ -33,7 +35,27 @@ class Group:
 
     @property
     def first_rewards(self) -> np.ndarray:
-        return np.array([rollout.first_verdict.reward for rollout in self.rollouts], np.float32)
+        return np.array([rollout.first_verdict.reward for rollout in self.samples], np.float32)
+
+    def is_added(self, rollout: Rollout) -> bool:
+        """Is one of the rollouts a second row of its sample."""
+        return rollout.kept and self.rethinking.kept_as == "addition"
+
+    @property
+    def added(self) -> np.ndarray:
+        """bool [rollouts]: `is_added` of each."""
+        return np.array([self.is_added(rollout) for rollout in self.rollouts], bool)
+
+    @property
+    def samples(self) -> tuple[Rollout, ...]:
+        """One rollout a sample: its first response where the kept second look was added."""
+        return tuple(one for one, added in zip(self.rollouts, self.added, strict=True) if not added)
+
+    @property
+    def drawn(self) -> tuple[Rollout, ...]:
+        """One rollout a sample: the one that was added, which holds the first response, where there is one."""
+        continued = [*self.added[1:], False]
+        return tuple(one for one, more in zip(self.rollouts, continued, strict=True) if not more)
 
     @property
     def not_kept(self) -> list[rethink.NotKept | None]:
@@ -123,7 +145,7 @@ def roll_out(
     groups = []
     for place, (row, prompt) in enumerate(prompts):
         kept_of = keep(rollouts[place * n : (place + 1) * n], config)
-        groups.append(Group(row, prompt, kept_of, config.rethink))
+        groups.append(Group(row, prompt, as_rows(kept_of, config.rethink), config.rethink))
     return Rolled(groups, counters, seconds_waited, second)
 
 
@@ -159,7 +181,7 @@ class Judging:
 
 
 def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
-    """Mark the forced completions of one group that take their first response's place."""
+    """Mark the forced completions of one group that are trained on."""
     marked: list[Rollout] = []
     num_kept = 0
     for rollout in rollouts:
@@ -169,6 +191,18 @@ def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
             rollout = dataclasses.replace(rollout, kept=kept)
         marked.append(rollout)
     return tuple(marked)
+
+
+def as_rows(rollouts: Sequence[Rollout], config: RethinkConfig) -> tuple[Rollout, ...]:
+    """One rollout a row to learn from: a kept second look takes its first response's place or comes behind it."""
+    if config.kept_as == "replacement":
+        return tuple(rollouts)
+    rows: list[Rollout] = []
+    for rollout in rollouts:
+        if rollout.kept:
+            rows.append(dataclasses.replace(rollout, forced=None, forced_verdict=None, kept=False))
+        rows.append(rollout)
+    return tuple(rows)
 
 
 def _with_trigger(request: Request, triggers: Sequence[np.ndarray], config: Config, step: int) -> Request:

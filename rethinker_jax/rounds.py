@@ -20,11 +20,13 @@ from rethinker_jax.types import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a run stands: its step, the place in the data order where its next prompts are, its coefficient of KL."""
+    """Where a run stands: its step, the place in the data order where its next prompts are, its coefficient of KL, and
+    under `replay.mode: dynamic` the groups with an advantage that wait from the steps before."""
 
     step: int
     cursor: int
     kl_coefficient: float
+    num_waiting: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +65,15 @@ def draw_rounds(
     scorer: Scorer,
     run: RunDirectory,
     place: Place,
-    num_wanted: int,
 ) -> Rounds:
-    """One rollout batch, and up to `replay.max_resamples` more until `num_wanted` groups have an advantage.
+    """One rollout batch, and under `replay.mode: dynamic` up to `max_resamples` more, until a step's groups teach.
 
-    It also ends where all rows that come were drawn in this step before.
+    Those that wait count. It also ends where all rows that come were drawn in this step before.
     """
     rounds: list[Round] = []
-    cursor, num_teaching = place.cursor, 0
-    while not rounds or (num_teaching < num_wanted and len(rounds) <= config.replay.max_resamples):
+    max_rounds = 1 + (config.replay.max_resamples if config.replay.mode == "dynamic" else 0)
+    cursor, num_teaching = place.cursor, place.num_waiting
+    while not rounds or (num_teaching < config.rollout.prompts_per_step and len(rounds) < max_rounds):
         begin_time = time.monotonic()
         taken = {group.problem for one in rounds for group in one.groups}
         prompts = next_prompts(config, system, problems, order, cursor, place.step, run, taken)

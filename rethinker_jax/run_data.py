@@ -23,15 +23,24 @@ Order = DataOrder | CurriculumOrder
 class Splits:
     train: tuple[Problem, ...]
     test: tuple[Problem, ...]
+    validation: tuple[Problem, ...] = ()
 
     @functools.cached_property
     def hash(self) -> str:
         """Of the rows that are trained on: what they are called, ask and want, in their order."""
-        return hash_of((problem.id, problem.question, problem.answer) for problem in self.train)
+        return _hash(self.train)
+
+    @functools.cached_property
+    def validation_hash(self) -> str:
+        return _hash(self.validation)
+
+
+def _hash(problems: Sequence[Problem]) -> str:
+    return hash_of((problem.id, problem.question, problem.answer) for problem in problems)
 
 
 def load_splits(config: Config, run: RunDirectory) -> Splits:
-    """The rows to train on and to evaluate on. Raises UserError where a step would ask for more rows than there are."""
+    """The rows to train, evaluate and validate on. Raises UserError where a step would ask for more than there are."""
     train = load_problems(config, config.data.train, run)
     wanted = config.rollout.prompts_per_step
     if config.run.num_steps and len(train) < wanted:
@@ -39,8 +48,13 @@ def load_splits(config: Config, run: RunDirectory) -> Splits:
             f"{config.data.train}: wanted at least rollout.prompts_per_step={wanted} usable rows, found {len(train)}. "
             "Lower it (and training.batch_size with it), or add rows."
         )
-    count = max(config.evaluation.num_problems, config.evaluation.num_sampled_problems)
-    return Splits(train, load_problems(config, config.data.test, run)[:count] if count else ())
+    settings = config.evaluation
+    count = max(settings.num_problems, settings.num_sampled_problems)
+    test = load_problems(config, config.data.test, run)[:count] if count else ()
+    if not settings.validate_every:
+        return Splits(train, test)
+    validation = load_problems(config, config.data.validation, run)
+    return Splits(train, test, validation[: settings.num_validation_problems or None])
 
 
 def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:

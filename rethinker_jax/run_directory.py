@@ -17,14 +17,15 @@ from rethinker_jax.metrics import plain
 from rethinker_jax.output_files import hash_of as hash_of
 from rethinker_jax.output_files import versions as versions
 from rethinker_jax.output_files import write_whole as write_whole
+from rethinker_jax.replay import Selection
 from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
 
 # What may differ when a run goes on: its length, what it leaves behind and what it survives, never what it computes.
 LENGTHS = frozenset({"run.num_steps", "sft.num_steps", "sft.num_epochs"})
 FREE_KEYS = LENGTHS | {
-    "run.dir", "run.save_every", "run.keep_checkpoints", "run.rollouts_every", "run.compilation_cache",
-    "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
+    "run.dir", "run.save_every", "run.keep_checkpoints", "run.keep_best", "run.rollouts_every",
+    "run.compilation_cache", "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
 }  # fmt: skip
 
 Kind = Literal["rl", "sft"]
@@ -97,6 +98,13 @@ class RunDirectory:
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         self._write_groups(self.path / "rollouts" / f"step_{step:06d}.jsonl", step, groups)
+
+    def write_trained(self, step: int, trained: Sequence[tuple[int, Selection]]) -> None:
+        """The rows of each (optimizer step, selection) of a step: which problem, advantage, weight, and how old."""
+        updates = [{"update": update, "rows": _trained_rows(update, chosen)} for update, chosen in trained]
+        path = self.path / "rollouts" / f"trained_{step:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(updates) + "\n")
 
     def write_evaluation(self, when: str, groups: Sequence[Group]) -> None:
         self._write_groups(self.path / "evaluations" / f"{when}.jsonl", None, groups)
@@ -171,6 +179,21 @@ def _sample(rollout: Rollout) -> dict[str, Any]:
         "forced": rollout.forced is not None,
         "kept": rollout.kept,
     }
+
+
+def _trained_rows(update: int, chosen: Selection) -> list[dict[str, Any]]:
+    rows = (*chosen.fresh, *chosen.replayed)
+    weights = chosen.weights or (1.0,) * len(rows)
+    return [
+        {
+            "problem": row.problem,  # its number among the training rows
+            "advantage": row.advantage if row.loss_mask.any() else 0.0,
+            "weight": weight,
+            "replayed": place >= len(chosen.fresh),
+            "age": update - row.update,
+        }
+        for place, (row, weight) in enumerate(zip(rows, weights, strict=True))
+    ]
 
 
 @contextlib.contextmanager

@@ -44,36 +44,38 @@ def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[Group], epsilon: float) -> dict[str, float]:
+    """Rewards, advantages and lengths are of the rows to learn from, verdicts of the first responses, one a sample."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    verdicts = [one.first_verdict.verdict for one in rollouts]
+    samples = [rollout for group in groups for rollout in group.samples]
+    verdicts = [one.first_verdict.verdict for one in samples]
     zero = [all(abs(one.advantage) <= epsilon for one in group.rollouts) for group in groups]
     return {
         "reward": share([one.reward for one in rollouts]),
         **reward_metrics([one.verdict for one in rollouts]),
-        "accuracy": share([one.first_verdict.correct for one in rollouts]),
+        "accuracy": share([one.first_verdict.correct for one in samples]),
         "zero_advantage_share": share(zero),
         "all_correct_share": share([all(one.first_verdict.correct for one in group.rollouts) for group in groups]),
         "advantage_abs_mean": share([abs(one.advantage) for one in rollouts]),
         "completion_length": share([len(one.completion) for one in rollouts]),
         "completion_length_correct": share([len(one.completion) for one in rollouts if one.verdict.correct]),
         "completion_length_wrong": share([len(one.completion) for one in rollouts if not one.verdict.correct]),
-        "truncated_share": share([one.first.finish_reason == "length" for one in rollouts]),
+        "truncated_share": share([one.first.finish_reason == "length" for one in samples]),
         **rethinking_metrics(groups),
         # With `accuracy` they sum to 1: no verdict is silent.
         **{f"{name}_share": share([verdict == name for verdict in verdicts]) for name in NOT_CORRECT},
-        "verdict_ms": share([one.first_verdict.ms for one in rollouts]),
+        "verdict_ms": share([one.first_verdict.ms for one in samples]),
     }
 
 
 def rethinking_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Second looks that the model took of its own accord, and what came of those that were forced on it."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in groups for rollout in group.drawn]
     own = [(rethink.rethinks(one.first.text), one.first_verdict.correct) for one in rollouts]
     forced = [one for one in rollouts if one.forced_verdict is not None]
     before = [one.first_verdict.correct for one in forced]
     after = [one.forced_verdict is not None and one.forced_verdict.correct for one in forced]
     turns = list(zip(before, after, strict=True))
-    rooms = [rethink.has_room(group.rethinking, one.first) for group in groups for one in group.rollouts]
+    rooms = [rethink.has_room(group.rethinking, one.first) for group in groups for one in group.drawn]
     wrong_with_room = share([not right for (_, right), room in zip(own, rooms, strict=True) if room])
     reasons = [why for group in groups for why in group.not_kept]
     return {
@@ -120,7 +122,7 @@ def rollout_flops(config: QwenConfig, groups: Sequence[Group]) -> int:
     """Of one rollout: each distinct image encoded and each prompt read once, each completion fed token by token."""
     prompts = [group.rollouts[0].prompt for group in groups]
     grids = [image.grid for image in unique_images(prompts)[0]]
-    lengths = [tuple(len(one.completion) for one in group.rollouts) for group in groups]
+    lengths = [tuple(len(one.completion) for one in group.drawn) for group in groups]
     packed = [
         PromptGroup(tuple(range(len(length))), len(prompt), length)
         for prompt, length in zip(prompts, lengths, strict=True)
@@ -133,11 +135,15 @@ def rollout_flops(config: QwenConfig, groups: Sequence[Group]) -> int:
 
 @dataclasses.dataclass
 class UpdateWork:
-    """What the optimizer steps of one step did: seconds, tokens that were run, and operations of the model."""
+    """What the optimizer steps of one step did: seconds, tokens that were run, operations of the model, and the rows.
+
+    trained: (optimizer step, its rows).
+    """
 
     seconds: float = 0.0
     tokens: int = 0
     flops: int = 0
+    trained: list[tuple[int, Selection]] = dataclasses.field(default_factory=list)
 
 
 def speed_metrics(
@@ -152,7 +158,7 @@ def speed_metrics(
 
     `seconds` are those of the whole step; what it compiled is in them.
     """
-    num_tokens = sum(len(one.completion) for group in groups for one in group.rollouts)
+    num_tokens = sum(len(one.completion) for group in groups for one in group.drawn)
     metrics = {
         "seconds_rollout": seconds_rollout,
         "seconds_update": seconds - seconds_rollout,

@@ -70,6 +70,12 @@ def test_bonus_by_hand() -> None:
     assert bonuses(accuracy, likelihoods, config).tolist() == [[0.5, 0.0, 0.0, 0.0], [0.0] * 4]
 
 
+@pytest.mark.parametrize("count", [2, 3, 6, 7])
+def test_equal_likelihoods_are_consistent(count: int) -> None:
+    """Catches a mean that comes out a rounding above each of its parts: six times 0.95 did."""
+    assert consistent(np.ones((1, count)), np.full((1, count), 0.95), 0.0)[1].all()
+
+
 def test_partial_credit_is_accurate_from_the_group_mean_on() -> None:
     """Catches accuracy taken as 0 or 1: 0.3 is above 0.1, but below the mean of 0.65."""
     accurate, _ = consistent(np.array([[1.0, 0.3]]), np.array([[0.5, 0.5]]), 0.0)

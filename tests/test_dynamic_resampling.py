@@ -269,9 +269,9 @@ def test_an_older_checkpoint_goes_on_at_its_step(trainer: Trainer, tmp_path: Pat
     splits = Splits(tuple(PROBLEMS), ())
 
     class Old(CheckpointStore):
-        def save(self, step: int, saved: Saved) -> None:
+        def save(self, step: int, saved: Saved, reward: float | None = None) -> None:
             meta = {key: value for key, value in saved.meta.items() if key != "cursor"}
-            super().save(step, dataclasses.replace(saved, meta=meta))
+            super().save(step, dataclasses.replace(saved, meta=meta), reward)
 
     with contextlib.closing(Old(tmp_path / "checkpoints", 1)) as store:
         save(store, progress, splits)

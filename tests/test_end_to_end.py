@@ -125,6 +125,23 @@ def test_a_run_leaves_what_it_promises(straight: Path):
     assert any((straight / "tensorboard").iterdir())
 
 
+def test_a_run_tells_which_rows_it_trained_on(straight: Path):
+    """Catches rows of another step, replayed rows taken for fresh ones, and advantages that no sample had."""
+    for step, metrics in enumerate(metrics_of(straight)):
+        updates = json.loads((straight / "rollouts" / f"trained_{step:06d}.json").read_text())
+        assert [one["update"] for one in updates] == [2 * step, 2 * step + 1]  # 16 samples, batches of 8
+        replayed = [row for one in updates for row in one["rows"] if row["replayed"]]
+        assert len(replayed) / 16 == pytest.approx(metrics["replay_share"])
+        assert all(row["age"] > 0 or one["update"] % 2 for one in updates for row in one["rows"] if row["replayed"])
+        drawn = [
+            sample["advantage"]
+            for line in (straight / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+            for sample in json.loads(line)["samples"]
+        ]
+        fresh = [row["advantage"] for one in updates for row in one["rows"] if not row["replayed"]]
+        assert fresh and set(fresh) <= {0.0, *drawn}
+
+
 def _image_names(path: Path) -> list[str]:
     return [name for line in path.read_text().splitlines() for name in json.loads(line)["images"]]
 

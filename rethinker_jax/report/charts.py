@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -14,7 +14,10 @@ MAX_POINTS = 500  # more steps than this are averaged in neighbouring buckets be
 
 @dataclasses.dataclass(frozen=True)
 class ChartSpec:
-    """What a chart shows: `series` are (metric, label); `unit` is share, number or seconds."""
+    """What a chart shows: `series` are (metric, label); `unit` is share, number or seconds.
+
+    `sparse` metrics are measured at some steps only: lines go from one to the next, and are not smoothed.
+    """
 
     id: str
     title: str
@@ -22,6 +25,7 @@ class ChartSpec:
     series: tuple[tuple[str, str], ...]
     unit: str = "number"
     log: bool = False
+    sparse: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,14 @@ SFT_HERO = ChartSpec(
     (("nll", "Training"), ("validation_nll", "Validation")),
 )
 SPECS = (
+    ChartSpec(
+        "validation",
+        "Validation",
+        "Greedy responses to held-out rows, after the update of a step; at the left edge before the first one.",
+        (("validation_reward", "Reward"), ("validation_accuracy", "Accuracy")),
+        "share",
+        sparse=True,
+    ),
     ChartSpec(
         "signal",
         "Signal in the batch",
@@ -160,24 +172,31 @@ def smooth(values: Sequence[float | None], sigma: float) -> list[float | None]:
     return result
 
 
-def draw(spec: ChartSpec, metrics: Metrics, width: int, height: int) -> Chart | None:
-    """None if the run has none of the chart's metrics. Colour index = place of the series in the spec."""
+def draw(
+    spec: ChartSpec, metrics: Metrics, width: int, height: int, before: Mapping[str, float] | None = None
+) -> Chart | None:
+    """None if the run has none of the chart's metrics. Colour index = place of the series in the spec.
+
+    `before`: metric → its value before the first step, drawn one step to the left of it.
+    """
     present = [(i, n, label) for i, (n, label) in enumerate(spec.series) if n in metrics.series]
     if not present:
         return None
     values = {name: metrics.series[name] for _, name, _ in present}
-    seen = [v for line in values.values() for v in line if v is not None]
+    first = {name: before[name] for name in values if name in before} if before else {}
+    seen = [v for line in (*values.values(), first.values()) for v in line if v is not None]
     log = spec.log and all(v > 0 for v in seen)
-    frame = _frame(spec, metrics.steps, seen, log, width, height)
+    steps = (metrics.steps[0] - 1, *metrics.steps) if first else metrics.steps
+    frame = _frame(spec, steps, seen, log, width, height)
     parts = [_axes(spec, frame)]
     sigma = max(1.0, len(metrics.steps) / 30)
     for index, name, _ in reversed(present):
-        line = values[name]
-        drawn = _smooth_line(line, sigma, log) if len(metrics.steps) >= 8 else line
-        points = [(frame.x(s), frame.y(v)) for s, v in zip(metrics.steps, line, strict=True) if v is not None]
+        line = (first.get(name), *values[name]) if first else values[name]
+        drawn = _smooth_line(line, sigma, log) if len(metrics.steps) >= 8 and not spec.sparse else line
+        points = [(frame.x(s), frame.y(v)) for s, v in zip(steps, line, strict=True) if v is not None]
         dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
         parts.append(f'<path class="dots s{index}" d="{dots}"/>')
-        parts.append(f'<path class="line s{index}" d="{_path(metrics.steps, drawn, frame)}"/>')
+        parts.append(f'<path class="line s{index}" d="{_path(steps, drawn, frame)}"/>')
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(spec.title)}">'
     svg = f'{opening}{"".join(parts)}<g class="cursor"></g></svg>'
     readout = {
@@ -262,7 +281,7 @@ def _axes(spec: ChartSpec, frame: Frame) -> str:
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{frame.left} {y:.1f}H{frame.right}"/>')
         parts.append(f'<text class="tick" x="{frame.left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    steps = [s for s in ticks(frame.x_low, frame.x_high, frame.width // 85) if s == round(s)]
+    steps = [s for s in ticks(frame.x_low, frame.x_high, frame.width // 85) if s == round(s) and s >= 0]
     for step in steps:
         anchor = "end" if frame.x(step) > frame.right - 8 else "middle"
         at = f'x="{frame.x(step):.1f}" y="{frame.bottom + 15}" text-anchor="{anchor}"'

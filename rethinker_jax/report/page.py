@@ -84,7 +84,9 @@ def _draw_charts(run: Run) -> _Charts:
     metrics = thin(run.metrics)
     hero = SFT_HERO if run.is_sft else HERO
     rest = rest_of(metrics, hero)
-    named = [draw(spec, metrics, 360, 190) for spec in SPECS]
+    before = _numbers(as_mapping(run.summary.get("validation")).get("before"))
+    measured = {f"validation_{name}": value for name, value in before.items()}
+    named = [draw(spec, metrics, 360, 190, measured) for spec in SPECS]
     drawn = [draw(spec, metrics, 250, 120) for spec in rest[:MAX_REST_CHARTS]]
     return _Charts(
         hero=draw(hero, metrics, 700, 335),
@@ -94,6 +96,12 @@ def _draw_charts(run: Run) -> _Charts:
         steps=metrics.steps,
         thinned=len(metrics.steps) < len(run.metrics.steps),
     )
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """Of a mapping, what is a finite number."""
+    numbers = {name: as_number(one) for name, one in as_mapping(value).items()}
+    return {name: one for name, one in numbers.items() if one is not None}
 
 
 def fill_template(name: str, payload: Mapping[str, Any], **fields: Any) -> bytes:
@@ -184,6 +192,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("seed", "" if seed is None else str(seed)),
         ("loss", "" if losses[0] is None else f"{losses[0]:.3f}"),
         ("validation loss", "" if losses[1] is None or losses[2] is None else f"{losses[1]:.3f} → {losses[2]:.3f}"),
+        ("validation reward", _validation_reward(summary)),
         ("token accuracy", "" if shares[0] is None or shares[1] is None else f"{shares[0]:.1%} → {shares[1]:.1%}"),
         ("device", as_text(summary.get("device"))),
         ("wall time", "" if wall is None else duration(wall)),
@@ -192,6 +201,16 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {as_text(version)}" for name, version in sorted(versions.items()))),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _validation_reward(summary: Mapping[str, Any]) -> str:
+    """`0.310 → 0.520, best 0.540 at checkpoint 30`; empty where nothing was measured after a step."""
+    found = as_mapping(summary.get("validation"))
+    before, last, best = (as_number(as_mapping(found.get(when)).get("reward")) for when in ("before", "last", "best"))
+    step = as_int(found.get("best_step"))
+    if before is None or last is None or best is None or step is None:
+        return ""
+    return f"{before:.3f} → {last:.3f}, best {best:.3f} at checkpoint {step}"
 
 
 def duration(seconds: float) -> str:

@@ -29,15 +29,23 @@ class Saved:
 
 
 class CheckpointStore:
-    """The checkpoints of one run directory, newest `keep` of them. Writing is asynchronous; `close` waits for it.
+    """The checkpoints of one run directory: the newest `keep`, and the best `keep_best` of those that were measured.
 
-    `keep` 0 opens them for reading alone and touches nothing: a run may be writing there.
+    Writing is asynchronous; `close` waits for it. `keep` 0 opens them for reading alone and touches nothing: a run may
+    be writing there.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, keep_best: int = 0):
+        newest = ocp.checkpoint_managers.LatestN(keep)
+        best = ocp.checkpoint_managers.BestN(get_metric_fn=_rank, n=keep_best, keep_checkpoints_without_metrics=False)
         options = (
             # What a killed run left half written is cleared away.
-            ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+            ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, best]),
+                best_fn=_rank,  # without it, orbax does not write down what was measured
+                create=True,
+                cleanup_tmp_directories=True,
+            )
             if keep
             else ocp.CheckpointManagerOptions(create=False)
         )
@@ -48,8 +56,16 @@ class CheckpointStore:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, saved: Saved) -> None:
-        """Begin to write a checkpoint. Raises UserError where there is no room; orbax would say so a step too late."""
+    @property
+    def steps(self) -> list[int]:
+        """Of all that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, saved: Saved, reward: float | None = None) -> None:
+        """Begin to write a checkpoint; `reward` is what was measured of it, and it is ranked by.
+
+        Raises UserError where there is no room; orbax would say so a step too late.
+        """
         self._manager.wait_until_finished()
         needed = sum(map(_own_bytes, jax.tree.leaves((saved.state, saved.arrays))))
         free = shutil.disk_usage(self.directory).free
@@ -63,7 +79,8 @@ class CheckpointStore:
             arrays=ocp.args.StandardSave(saved.arrays | FILLER),
             meta=ocp.args.JsonSave(saved.meta),
         )
-        self._manager.save(step, args=args, force=True)
+        metrics = None if reward is None else {"reward": reward, "step": step}
+        self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, like: TrainState, mesh: Mesh, step: int | None = None) -> Saved:
         """Read the newest checkpoint, or that of `step`, into the shapes and places of `like`.
@@ -100,6 +117,11 @@ class CheckpointStore:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _rank(metrics: Any) -> Any:
+    """What orbax sorts checkpoints by, the best one last: of equal rewards the earlier step."""
+    return metrics["reward"], -metrics["step"]
 
 
 def _own_bytes(leaf: jax.Array | np.ndarray) -> int:
