@@ -159,7 +159,7 @@ def results(study: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict
             pq.write_table(pq.read_table(root / "raw.parquet"), root / f"seed{seed}/traces{number}/traces.parquet")
     (root / "cpu_seconds.json").write_text(json.dumps({"iterations/0": 60.0, "iterations/1": 120.0}))
     provenance = {"command": "run", "commit": "0" * 40, "cpu_minutes": 3.0}
-    return study.collect(root, 2) | {"provenance": provenance}
+    return study.collect(root, (0, 1)) | {"provenance": provenance}
 
 
 def test_numbers_of_a_stage(results: dict[str, Any]):

@@ -229,9 +229,9 @@ def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def collect(root: Path, seeds: int) -> Json:
+def collect(root: Path, seeds: Sequence[int]) -> Json:
     """All numbers of the study: a list over seeds for each stage and metric, and the comparisons' differences."""
-    folders = [root / f"seed{seed}" for seed in range(seeds)]
+    folders = [root / f"seed{seed}" for seed in seeds]
     places = {"base": ("sft1", "before")} | {name: (name, "after") for name in evaluated()}
     difficulty = [[_difficulty(folder / f"traces{number}") for number in (1, 2, 3)] for folder in folders]
     labels = [{source: one["label"] for source, one in rounds[0].items()} for rounds in difficulty]
@@ -252,8 +252,8 @@ def collect(root: Path, seeds: int) -> Json:
     ]  # fmt: skip
     spent = json.loads((root / "cpu_seconds.json").read_text())
     return {
-        "seeds": seeds,
-        "iterations_cpu_s": summarize([spent[f"iterations/{seed}"] for seed in range(seeds)]),
+        "seeds": len(folders),
+        "iterations_cpu_s": summarize([spent[f"iterations/{seed}"] for seed in seeds]),
         "stages": stages,
         "comparisons": comparisons,
         "difficulty": difficulty,
@@ -304,7 +304,11 @@ def main() -> int:
         except Failed as failed:
             print(failed, file=sys.stderr)
             return 1
-    results = collect(root, options.seeds) | {"provenance": provenance(root, ["python", *sys.argv])}
+    done = [seed for seed in range(options.seeds) if all(job.leaves.is_file() for job in seed_jobs(root, seed))]
+    if not done:
+        print(f"{root}: no seed has finished all its arms", file=sys.stderr)
+        return 1
+    results = collect(root, done) | {"provenance": provenance(root, ["python", *sys.argv])}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "pipeline.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_figures(results, options.output)

@@ -66,10 +66,10 @@ def path_of(stages: Json, suffix: str = "") -> list[str]:
 
 def _accuracy(stages: Json) -> Figure:
     figure, panels = plt.subplots(1, 2, figsize=(9.2, 3.6), sharey=True, layout="constrained")
-    titles = {"pass@1": "Right samples (pass@1)", "greedy": "Right greedy answers"}
+    titles = {"pass@1": "pass@1", "greedy": "Greedy accuracy"}
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
-        _line(axes, stages, path_of(stages, "_continue"), metric, ORANGE, "goes on from the newest", 4, "--")
-        _line(axes, stages, path_of(stages), metric, BLUE, "SFT restarts from base", 0, "-")
+        _line(axes, stages, path_of(stages, "_continue"), metric, ORANGE, "SFT goes on", 4, "--")
+        _line(axes, stages, path_of(stages), metric, BLUE, "SFT restarts", 0, "-")
         _stage_axis(axes)
         axes.set_title(title)
         axes.set_ylim(0.2, 1.01)
