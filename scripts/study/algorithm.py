@@ -26,7 +26,7 @@ CONFIG = REPOSITORY / "scripts" / "study" / "algorithm.yaml"
 WRONG_SHARE = 0.2  # of the answers that the regime `noise` trains on
 
 Words = tuple[str, ...]
-SECOND_LOOKS: Words = ("rethink.rule=random", "loss.nll_coefficient=0.2")
+SECOND_LOOKS: Words = ("rethink.rule=random", "loss.nll_coefficient=0.05")  # the coefficient of the released code
 DECAY: Words = ("rethink.schedule=linear", "rethink.until_step=20")
 ARMS: Mapping[str, Words] = {
     "grpo": ("replay.mode=none",),
@@ -46,8 +46,8 @@ REGIMES: Mapping[str, tuple[str, ...]] = {
     "shipped": (*REPLAYS, "ssr_rethink", "ssr_rethink_decay"),
     "stage_two": ("ssr", "ssr_rethink", "ssr_rethink_decay"),
     "steep": (*REPLAYS, "grpo_double_rate"),
-    "faint": ("grpo", "ssr", "ssr_rethink", "ssr_rethink_decay"),
-    "noise": ("grpo", "filter", "ssr"),
+    "faint": ("grpo", "ssr", "ssr_rethink"),
+    "noise": ("grpo", "ssr"),
 }
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,7 @@ def run_all(jobs: Sequence[Job], root: Path, processes: int) -> None:
 
     `root`/cpu_seconds.json says what each took, of all its starts together: of the process and of its workers.
     """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that jobs do not outlive the study
     (root / "logs").mkdir(parents=True, exist_ok=True)
     spent_path = root / "cpu_seconds.json"
     spent: dict[str, float] = json.loads(spent_path.read_text()) if spent_path.is_file() else {}
