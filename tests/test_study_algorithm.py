@@ -24,9 +24,13 @@ def test_interval_is_students():
     assert math.isnan(runs.interval([1.0])["half"])
 
 
-def test_smoothing_keeps_the_ends():
-    """Width 3 over 0, 3, 6, 0: (0+3)/2, (0+3+6)/3, (3+6+0)/3, (6+0)/2. Catches zeros taken for missing neighbours."""
-    assert runs.smooth([0.0, 3.0, 6.0, 0.0], 3) == [1.5, 3.0, 3.0, 3.0]
+def test_a_curve_is_smoothed_over_what_was_measured():
+    """Width 3 over 0, nothing, 6, 0: 0, (0+6)/2, (6+0)/2, (6+0)/2. Catches zeros for steps without a measurement."""
+    run = [{"step": step, "x": value} for step, value in enumerate((0.0, None, 6.0, 0.0))]
+    assert runs.near(run, "x", 1) == {0: 0.0, 1: 3.0, 2: 3.0, 3: 3.0}
+    other = [{"step": step} | ({"x": 2.0} if step < 2 else {}) for step in range(4)]
+    assert runs.curve([run, other], "x", 1)["step"] == [0]  # the only one that both measured
+    assert runs.curve([run, other], "x", 3)["mean"] == [1.0, 2.5, 2.5]
 
 
 def write_run(directory: Path, score: float, advantages: list[float]) -> None:

@@ -62,7 +62,7 @@ def _save(path: Path, figure: Figure) -> None:
     pyplot.close(figure)
 
 
-def _panels(names: Sequence[str], height: float = 2.9) -> tuple[Figure, list[Axes]]:
+def _panels(names: Sequence[str], height: float = 3.3) -> tuple[Figure, list[Axes]]:
     figure, panels = pyplot.subplots(
         1, len(names), figsize=(4.2 * len(names), height), squeeze=False, layout="constrained"
     )
@@ -76,7 +76,7 @@ def _curves(regimes: Mapping[str, Any], names: Sequence[str], metric: str, label
     figure, panels = _panels(names)
     for axes, name in zip(panels, names, strict=True):
         for arm, found in regimes[name]["arms"].items():
-            if metric in found["curves"]:
+            if found["curves"][metric]["step"]:
                 _line(axes, found["curves"][metric], COLOURS[arm], LABELS[arm])
         axes.set_xlabel("step")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -87,8 +87,9 @@ def _curves(regimes: Mapping[str, Any], names: Sequence[str], metric: str, label
 
 
 def _line(axes: Axes, curve: Mapping[str, Sequence[float]], colour: str, label: str, style: str = "-") -> None:
-    low = [mean - half for mean, half in zip(curve["mean"], curve["half"], strict=True)]
-    high = [mean + half for mean, half in zip(curve["mean"], curve["half"], strict=True)]
+    """Means and their band; everything drawn is a share, so a band ends at 0 and 1."""
+    low = [max(0.0, mean - half) for mean, half in zip(curve["mean"], curve["half"], strict=True)]
+    high = [min(1.0, mean + half) for mean, half in zip(curve["mean"], curve["half"], strict=True)]
     axes.plot(curve["step"], curve["mean"], style, color=colour, linewidth=1.4, label=label)
     axes.fill_between(curve["step"], low, high, color=colour, alpha=0.12, linewidth=0)
 
@@ -99,7 +100,7 @@ def _second_looks(regimes: Mapping[str, Any], names: Sequence[str]) -> Figure:
     figure, panels = _panels(names)
     for axes, name in zip(panels, names, strict=True):
         curves = regimes[name]["arms"]["ssr_rethink"]["curves"]
-        if "forced_first_accuracy" in curves:
+        if curves["forced_first_accuracy"]["step"]:
             _line(axes, curves["forced_first_accuracy"], "#888888", "first response", "--")
             _line(axes, curves["forced_final_accuracy"], COLOURS["ssr_rethink"], "after the forced second look")
         axes.set_xlabel("step")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import curve, interval, provenance, read_metrics, smooth
+from runs import curve, interval, provenance, read_metrics
 
 SCORES = ("greedy", "pass@1", "pass@8", "rethink_ratio", "completion_length")
 CURVES = ("zero_advantage_share", "effective_share", "validation_reward", "accuracy", "rethink_ratio", "entropy")
@@ -59,10 +59,9 @@ def _arm(directories: Sequence[Path], first: Sequence[Mapping[str, Any]]) -> dic
         "best_validation": interval([one["validation"]["best"]["reward"] for one in summaries]),
         "samples_drawn": interval([_samples_drawn(run) for run in runs]),
         "cpu_s": interval([one["cpu_s"] for one in summaries]),
-        "late": {name: interval([_late(run, name) for run in runs]) for name in CURVES if name in runs[0][-1]},
-        "curves": {name: _smoothed(runs, name) for name in (*CURVES, *SECOND_LOOKS) if _is_measured(runs, name)},
+        "late": {name: interval([_late(run, name) for run in runs]) for name in CURVES},
+        "curves": {name: _curve(runs, name) for name in (*CURVES, *SECOND_LOOKS)},
         "advantages": _histogram(directories),
-        "zero_advantage_share_late": interval([_late(run, "zero_advantage_share") for run in runs]),
     }
 
 
@@ -77,24 +76,12 @@ def _samples_drawn(run: Run) -> float:
 
 
 def _late(run: Run, name: str) -> float:
-    return statistics.fmean(row[name] for row in run[-LAST:] if name in row)
+    values = [row[name] for row in run[-LAST:] if row.get(name) is not None]
+    return statistics.fmean(values) if values else float("nan")
 
 
-def _is_measured(runs: Sequence[Run], name: str) -> bool:
-    """In the same steps of every run: some steps have no second look that was forced."""
-    steps = [[row["step"] for row in run if name in row] for run in runs]
-    return bool(steps[0]) and all(one == steps[0] for one in steps)
-
-
-def _smoothed(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
-    if name == "validation_reward":
-        return curve(runs, name)
-    even = []
-    for run in runs:
-        values = smooth([row[name] for row in run if name in row], SMOOTHED_OVER)
-        steps = [row["step"] for row in run if name in row]
-        even.append([{"step": step, name: value} for step, value in zip(steps, values, strict=True)])
-    return curve(even, name)
+def _curve(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
+    return curve(runs, name, 1 if name == "validation_reward" else SMOOTHED_OVER)
 
 
 def _histogram(directories: Sequence[Path]) -> dict[str, float]:

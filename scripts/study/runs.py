@@ -5,7 +5,6 @@ What is done is not run again, what was cut goes on, so a study that was stopped
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -16,8 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 STUDENT_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, 1 to 9 degrees of freedom
@@ -108,18 +105,23 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "half": half}
 
 
-def curve(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> dict[str, list[float]]:
-    """A metric step by step, where it was measured: its mean over runs and half-widths of the 95% intervals."""
-    steps = [row["step"] for row in runs[0] if metric in row]
-    values = np.array([[row[metric] for row in run if metric in row] for run in runs])
-    found = [interval(column.tolist()) for column in values.T]
+def curve(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str, width: int = 1) -> dict[str, list[float]]:
+    """A metric step by step: its mean over runs and half-widths of the 95% intervals, where every run has it.
+
+    Of each run it is first averaged over `width` neighbouring steps, those in which it was measured.
+    """
+    values = [near(run, metric, width // 2) for run in runs]
+    steps = [step for step in values[0] if all(step in one for one in values)]
+    found = [interval([one[step] for one in values]) for step in steps]
     return {"step": steps, "mean": [one["mean"] for one in found], "half": [one["half"] for one in found]}
 
 
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Means over `width` neighbouring places, fewer at the ends."""
-    half = width // 2
-    return [statistics.fmean(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
+def near(run: Sequence[Mapping[str, Any]], metric: str, reach: int) -> dict[int, float]:
+    """Step → mean of the metric from `reach` steps before to as many behind; no step without any."""
+    known = {row["step"]: row[metric] for row in run if row.get(metric) is not None}
+    around = {row["step"]: range(row["step"] - reach, row["step"] + reach + 1) for row in run}
+    found = {step: [known[one] for one in places if one in known] for step, places in around.items()}
+    return {step: statistics.fmean(some) for step, some in found.items() if some}
 
 
 def provenance(root: Path, command: Sequence[str]) -> dict[str, Any]:
@@ -134,8 +136,3 @@ def provenance(root: Path, command: Sequence[str]) -> dict[str, Any]:
         "longest_job_cpu_s": max(spent.values()),
         "num_jobs": len(spent),
     }
-
-
-def grid(arms: Mapping[str, Sequence[str]], seeds: int) -> list[tuple[str, int]]:
-    """Seed by seed, so that a study cut short has whole seeds."""
-    return [(arm, seed) for seed, arm in itertools.product(range(seeds), arms)]
