@@ -80,7 +80,7 @@ def _late(run: Run, name: str) -> float:
     return statistics.fmean(values) if values else float("nan")
 
 
-def _curve(runs: Sequence[Run], name: str) -> dict[str, list[float]]:
+def _curve(runs: Sequence[Run], name: str) -> dict[str, list[Any]]:
     return curve(runs, name, 1 if name == "validation_reward" else SMOOTHED_OVER)
 
 

@@ -105,7 +105,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "half": half}
 
 
-def curve(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str, width: int = 1) -> dict[str, list[float]]:
+def curve(runs: Sequence[Sequence[Mapping[str, Any]]], metric: str, width: int = 1) -> dict[str, list[Any]]:
     """A metric step by step: its mean over runs and half-widths of the 95% intervals, where every run has it.
 
     Of each run it is first averaged over `width` neighbouring steps, those in which it was measured.
