@@ -109,7 +109,7 @@ def png_header(width: int, height: int) -> bytes:
         (["sample", "--model", "nowhere", "--data", "train.parquet", "--output", "s.jsonl"], "nowhere"),
         (["sample", "--model", "model", "--data", "train.parquet", "--output", "/proc/s.jsonl"], "--output"),
         (["sample", "--model", "model", "--data", "train.parquet", "--output", "model"], "not a regular file"),
-        (["sample", "--model", "model", "--data", "train.parquet", "--output", "small.yaml"], "not a line of `sample`"),
+        (["sample", "--model", "model", "--data", "train.parquet", "--output", "small.yaml"], "says what made it"),
         (["sample", "--model", "model", "--question", "?", "--image", "nowhere.png"], "nowhere.png"),
         (["sample", "--model", "model", "--question", "?", "--image", "small.yaml"], "cannot read image"),
         (["score", "--model", "model", "--data", "train.parquet"], "completion"),

@@ -39,7 +39,7 @@ def write_run(directory: Path, score: float, advantages: list[float]) -> None:
     scores = dict.fromkeys(results.SCORES, score)
     summary = {
         "before": dict.fromkeys(results.SCORES, 0.25), "after": scores, "after_per_source": {"sum": score},
-        "validation": {"best": {"reward": score}}, "cpu_s": 30.0,
+        "validation": {"best": {"reward": score}}, "cpu_s": 30.0, "commit": "abc",
     }  # fmt: skip
     (directory / "summary.json").write_text(json.dumps(summary))
     rows = [dict.fromkeys(results.CURVES, score / 2) | {"step": step} for step in range(12)]
@@ -59,7 +59,8 @@ def test_arms_are_compared_seed_by_seed(tmp_path: Path):
     write_run(tmp_path / "steep" / "parent" / "0", 0.6, [])
     (tmp_path / "cpu_seconds.json").write_text(json.dumps({"steep/grpo/0": 60.0, "steep/ssr/0": 30.0}))
     found = results.collect(tmp_path, {"steep": ("grpo", "ssr"), "noise": ("grpo",)}, ["words"])
-    assert found["provenance"]["cpu_minutes"] == 1.5 and set(found["regimes"]) == {"steep"}
+    assert found["provenance"]["cpu_minutes"] == 1.5 and found["provenance"]["runs_at"] == ["abc"]
+    assert set(found["regimes"]) == {"steep"}
     entry = found["regimes"]["steep"]
     assert entry["seeds"] == 3 and entry["parent"]["pass@1"] == 0.6
     ssr = entry["arms"]["ssr"]

@@ -21,6 +21,9 @@ Run = list[dict[str, Any]]
 def collect(root: Path, regimes: Mapping[str, Sequence[str]], command: Sequence[str]) -> dict[str, Any]:
     """Everything tables and figures show, of the seeds that every arm of a regime has finished."""
     found: dict[str, Any] = {"provenance": provenance(root, command), "regimes": {}}
+    found["provenance"]["runs_at"] = sorted(
+        {_summary(path.parent)["commit"] for path in root.glob("*/*/*/summary.json")}
+    )
     for regime, arms in regimes.items():
         seeds = [seed for seed in range(100) if all(_is_done(root / regime / arm / f"{seed}") for arm in arms)]
         if not seeds:
