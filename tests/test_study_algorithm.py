@@ -13,7 +13,7 @@ from rethinker_jax.config_file import load_config
 
 sys.path.insert(0, str(REPOSITORY / "scripts" / "study"))
 runs, results, tables, algorithm = map(
-    importlib.import_module, ("runs", "algorithm_results", "algorithm_tables", "algorithm")
+    importlib.import_module, ("study_runs", "algorithm_results", "algorithm_tables", "algorithm")
 )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from algorithm_results import collect
-from runs import REPOSITORY, Failed, Job, run_all
+from study_runs import REPOSITORY, Failed, Job, run_all
 
 from rethinker_jax.example.dataset import PROBLEM_SCHEMA, write_split
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import curve, interval, provenance, read_metrics
+from study_runs import curve, interval, provenance, read_metrics
 
 SCORES = ("greedy", "pass@1", "pass@8", "rethink_ratio", "completion_length")
 CURVES = ("zero_advantage_share", "effective_share", "validation_reward", "accuracy", "rethink_ratio", "entropy")

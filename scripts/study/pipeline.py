@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import yaml
 from pipeline_figures import draw_figures
 from pipeline_tables import write_tables
-from runs import REPOSITORY, Failed, Job, interval, provenance, run_all
+from study_runs import REPOSITORY, Failed, Job, interval, provenance, run_all
 
 from rethinker_jax.curation.difficulty import LABELS
 from rethinker_jax.curation.markers import MARKERS, cut_reasoning
