@@ -1,12 +1,11 @@
 """The ablations of VL-Rethinker on the embedded family: every arm with several seeds, tables and figures of all.
 
-    python scripts/study/algorithm.py [--seeds 5] [--processes 2] [--runs DIR] [--output docs/results] [--collect]
+    python scripts/study/algorithm.py [--seeds 5] [--processes 2] [--runs DIR] [--output DIR] [--collect-only]
 
-Runs lie in --runs; what is done is not run again, and what was cut goes on. `--collect` makes tables and figures of
-what is there. Results: OUTPUT/algorithm.json, algorithm-*.svg, and the tables between the markers of algorithm.md.
+Runs lie in --runs; what is done is not run again, and what was cut goes on. `--collect-only` makes tables and figures
+of what is there. Results: OUTPUT/algorithm.json, algorithm-*.svg, and the tables between the markers of algorithm.md.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from algorithm_results import collect
-from study_runs import REPOSITORY, Failed, Job, run_all
+from study_runs import REPOSITORY, Failed, Job, options_of, run_all
 
 from rethinker_jax.example.dataset import PROBLEM_SCHEMA, write_split
 
@@ -123,15 +122,9 @@ def write_noisy_rows(root: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results")
-    parser.add_argument("--collect", action="store_true")
-    options = parser.parse_args()
+    options = options_of(__doc__, 5, "runs/study")
     root = options.runs.resolve()
-    if not options.collect:
+    if not options.collect_only:
         (root / "data").mkdir(parents=True, exist_ok=True)
         write_noisy_rows(root)
         try:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_runs import curve, interval, provenance, read_metrics
+from study_runs import curve, interval, provenance
+
+from rethinker_jax.metrics import read_metrics
 
 SCORES = ("greedy", "pass@1", "pass@8", "rethink_ratio", "completion_length")
 CURVES = ("zero_advantage_share", "effective_share", "validation_reward", "accuracy", "rethink_ratio", "entropy")
@@ -49,7 +51,7 @@ def _summary(directory: Path) -> dict[str, Any]:
 
 def _arm(directories: Sequence[Path], first: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summaries = [_summary(directory) for directory in directories]
-    runs = [read_metrics(directory) for directory in directories]
+    runs = [read_metrics(directory / "metrics.jsonl") for directory in directories]
     scores = {score: [one["after"][score] for one in summaries] for score in SCORES}
     return {
         "before": {score: interval([one["before"][score] for one in summaries]) for score in SCORES},
@@ -60,7 +62,7 @@ def _arm(directories: Sequence[Path], first: Sequence[Mapping[str, Any]]) -> dic
         },
         "per_source": _per_source(summaries),
         "best_validation": interval([one["validation"]["best"]["reward"] for one in summaries]),
-        "samples_drawn": interval([_samples_drawn(run) for run in runs]),
+        "rollout_batches": interval([_rollout_batches(run) for run in runs]),
         "cpu_s": interval([one["cpu_s"] for one in summaries]),
         "late": {name: interval([_late(run, name) for run in runs]) for name in CURVES},
         "curves": {name: _curve(runs, name) for name in (*CURVES, *SECOND_LOOKS)},
@@ -73,8 +75,8 @@ def _per_source(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {source: interval([one["after_per_source"][source] for one in summaries]) for source in sources}
 
 
-def _samples_drawn(run: Run) -> float:
-    """Rollout batches, those of dynamic resampling included, in batches of a plain step."""
+def _rollout_batches(run: Run) -> float:
+    """How many were drawn: one a step, and more by dynamic resampling."""
     return sum(1 + row.get("resample_rounds", 0) for row in run)
 
 

@@ -8,7 +8,6 @@ run once: its stages have the same keys. Runs lie in --runs; what is done is not
 tables between the markers of pipeline.md.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 from pipeline_figures import draw_figures
 from pipeline_tables import write_tables
-from study_runs import REPOSITORY, Failed, Job, interval, provenance, run_all
+from study_runs import Failed, Job, interval, options_of, provenance, run_all
 
 from rethinker_jax.curation.difficulty import LABELS
 from rethinker_jax.curation.markers import MARKERS, cut_reasoning
@@ -289,13 +288,7 @@ def _traces(stage: Path) -> Json:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--runs", type=Path, default=Path("runs/study_pipeline"))
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results")
-    parser.add_argument("--collect-only", action="store_true")
-    options = parser.parse_args()
+    options = options_of(__doc__, 3, "runs/study_pipeline")
     root = options.runs.resolve()
     if not options.collect_only:
         write_inputs(root)

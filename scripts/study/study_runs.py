@@ -4,6 +4,7 @@ A job is a command that leaves a directory; it is done when that directory has t
 What is done is not run again, what was cut goes on, so a study that was stopped is started again with the same words.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -32,6 +33,17 @@ class Job:
     leaves: Path
     after: tuple[str, ...] = ()
     program: tuple[str, ...] = ("-m", "rethinker_jax.main")
+
+
+def options_of(description: str | None, seeds: int, runs: str) -> argparse.Namespace:
+    """What the command line of a study says: seeds, processes, runs, output, collect_only."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "docs" / "results")
+    parser.add_argument("--collect-only", action="store_true")
+    return parser.parse_args()
 
 
 class Failed(Exception):
@@ -91,10 +103,6 @@ def _start(job: Job, root: Path, core: int) -> int:
 
 def _file_name(job: Job) -> str:
     return job.name.replace("/", "_")
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
