@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from rethinker_jax.config_curation import DistillConfig, SelectConfig
+from rethinker_jax.config_health import HealthConfig
 from rethinker_jax.config_numbers import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat
 from rethinker_jax.config_rewards import RewardConfig
 
@@ -251,7 +252,7 @@ class TrainingConfig:
     batch_size: Positive = 64  # rows per optimizer step
     cut: Literal["group", "sample"] = "group"  # sample = the rows of a rollout are shuffled, as in the released code
     micro_batch_tokens: NonNegative = 0  # prompt and completion tokens of a shard per forward and backward; 0 = all
-    max_skipped_updates: NonNegative = 10  # non-finite gradients survived before the run stops
+    max_skipped_updates: NonNegative = 10  # not finite ones; more are what health.not_finite says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +302,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
     sft: SftConfig = SftConfig()
     select: SelectConfig = dataclasses.field(default_factory=SelectConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)

@@ -9,7 +9,7 @@ import tokenize
 import typing
 from collections.abc import Iterable, Mapping
 
-from rethinker_jax import config, config_curation, config_rewards
+from rethinker_jax import config, config_curation, config_health, config_rewards
 from rethinker_jax.config import Config
 
 
@@ -38,6 +38,7 @@ _TYPE_WORDS = {
     "PositiveFloat": "float > 0",
     "NonNegativeFloat": "float >= 0",
     "Fraction": "0 to 1",
+    "Policy": "ignore, warn or stop",
 }
 
 
@@ -111,7 +112,7 @@ def _read_sources() -> tuple[dict[str, ast.ClassDef], dict[int, str]]:
     """(classes by name, the comment behind each of their statements by its identity) of the files that hold keys."""
     classes: dict[str, ast.ClassDef] = {}
     comments: dict[int, str] = {}
-    for module in (config, config_curation, config_rewards):
+    for module in (config, config_curation, config_health, config_rewards):
         source = inspect.getsource(module)
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         of_line = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

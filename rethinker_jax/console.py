@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from rethinker_jax.health import alarm_words, left_out_words
+from rethinker_jax.terminal import printable
+
 PLAIN_INTERVAL_S = 5.0
 
 
@@ -18,7 +21,7 @@ class RunProgress:
     """Progress through the steps of a run. A terminal gets a bar, anything else at most one line in five seconds.
 
     `first_step` is the number of steps done before, by the run that this one resumes; `unit` is what a step is called.
-    Use as a context manager.
+    `quiet` shows nothing. Use as a context manager.
     """
 
     def __init__(
@@ -29,11 +32,12 @@ class RunProgress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
         unit: str = "step",
+        quiet: bool = False,
     ):
         self._num_steps = num_steps
         self._title = title
         self._unit = unit
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(stderr=True, quiet=quiet)
         self._done = first_step
         self._clock = clock  # seconds
         self._last_time = clock()
@@ -96,7 +100,7 @@ class RunProgress:
         return statistics.median(self._paces) * (self._num_steps - self._done)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def parameter_line(counts: Mapping[str, int]) -> str:
@@ -143,8 +147,14 @@ def print_summary(summary: Mapping[str, Any], paths: Mapping[str, Path | str], c
     if summary.get("wall_s") is not None:
         cpu = f" ({_duration(summary['cpu_s'])} of CPU)" if summary.get("cpu_s") is not None else ""
         console.print(f"took {_duration(summary['wall_s'])}{cpu}", highlight=False)
+    for label, words in (
+        ("alarms", alarm_words(summary.get("alarms") or {})),
+        ("rows left out", left_out_words(summary.get("rows_left_out") or {})),
+    ):
+        if words:
+            console.print(printable(f"{label}: {words}"), markup=False, highlight=False, soft_wrap=True)
     for label, path in paths.items():
-        console.print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(f"{label}: {path}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def _add_validation(table: Table, validation: Mapping[str, Any]) -> None:

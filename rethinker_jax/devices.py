@@ -1,5 +1,6 @@
 """Starting jax: which devices, which processes, where compiled programs are kept. Called before jax is used."""
 
+import dataclasses
 import functools
 import os
 import sys
@@ -9,8 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Not public: where jax keeps the client of the coordination service, and how it finds the job of a launcher.
+from jax._src import distributed
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+from jax._src.clusters import ClusterEnv
+
+from rethinker_jax import __version__, peers
 from rethinker_jax.config import Config
 from rethinker_jax.errors import UserError
+from rethinker_jax.output_files import hash_of
+from rethinker_jax.roll_call import call_the_roll
 
 
 def start_jax(config: Config) -> None:
@@ -26,7 +35,7 @@ def start_jax(config: Config) -> None:
     # jax skips programs that compile in under a second; a small run is made of those.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not jax.distributed.is_initialized():
-        _join_job()
+        _join_job(config)
 
 
 # Peak of dense bfloat16 products of one device, in TFLOP/s, by the beginning of its kind; the makers' figures.
@@ -95,12 +104,32 @@ def _set_compilation_cache(directory: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 
-def _join_job() -> None:
-    """Joins the other processes of a multi-host job, if a launcher started this one.
+def _join_job(config: Config) -> None:
+    """Joins the other processes of a job, if a launcher started this one, and begins to watch them.
 
-    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, and the variables that srun, mpirun and
-    the TPU runtime set for more than one process; with those jax finds the rest by itself.
+    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; else what srun and mpirun set for more
+    than one process, and on TPU hosts what the machine's metadata say. Raises UserError, within
+    RETHINKER_JOIN_TIMEOUT_S seconds, where a process is missing or does not belong to the job.
     """
+    found = _job_of_environment() or _job_of_launcher()
+    if found is None:
+        return
+    address, count, index = found
+    timeout_s = _join_timeout()
+    call_the_roll(address, index, count, _program(config), timeout_s)
+    # The signals are ours, and our watch is quicker than jax's heartbeat and says more.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_recoverability", True)
+    jax.distributed.initialize(
+        address, count, index, initialization_timeout=60, heartbeat_timeout_seconds=100, shutdown_timeout_seconds=60
+    )
+    board = distributed.global_state.client
+    assert board is not None, "jax.distributed was initialized"
+    peers.watch(board, index, count)
+
+
+def _job_of_environment() -> tuple[str, int, int] | None:
+    """(coordinator's address, processes, number of this one) from the variables that are jax's own."""
     env = os.environ
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if env.get(name)]
@@ -110,14 +139,51 @@ def _join_job() -> None:
             raise UserError(
                 f"JAX_PROCESS_ID={process}, JAX_NUM_PROCESSES={processes}: wanted numbers, the first below the second"
             )
-        jax.distributed.initialize(address, int(processes), int(process))
-    elif (
-        int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    ):
-        jax.distributed.initialize()
-    elif given and given != ["JAX_COORDINATOR_ADDRESS"]:
+        return address, int(processes), int(process)
+    if given and given != ["JAX_COORDINATOR_ADDRESS"]:
         raise UserError(
             f"{' and '.join(given)} set without {' and '.join(sorted(set(names) - set(given)))}; wanted all three"
         )
+    return None
+
+
+def _job_of_launcher() -> tuple[str, int, int] | None:
+    """The same from a launcher that jax knows; None where this process was started alone."""
+    env = os.environ
+    launched = (
+        int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or (running_in_cloud_tpu_vm and os.environ.get("JAX_PLATFORMS") != "cpu")
+    )
+    if not launched:
+        return None
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 60)
+    if address is None or count is None or index is None or count == 1:
+        return None
+    return address, count, index
+
+
+def _join_timeout() -> float:
+    said = os.environ.get("RETHINKER_JOIN_TIMEOUT_S", "300")
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"RETHINKER_JOIN_TIMEOUT_S={said}: wanted a number of seconds above 0")
+    return seconds
+
+
+def _program(config: Config) -> dict[str, str]:
+    """What has to be the same in all processes of a job, by what it is called."""
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, compilation_cache=""),
+        verifier=dataclasses.replace(config.verifier, num_workers=0),
+    )
+    return {
+        "version of rethinker_jax": __version__,
+        "version of jax": jax.__version__,
+        "config": hash_of([config])[:12],
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rethinker_jax import replay, validation
+from rethinker_jax import health, replay, validation
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
 from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
@@ -19,6 +19,7 @@ from rethinker_jax.experience import loss_of, make_batches, trainer_log_probs
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
+from rethinker_jax.processes import exchange
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
@@ -80,15 +81,17 @@ def train(config: Config, name: str) -> Path:
                 system = load_system(config)
                 run.start(config)
                 kept = config.run.keep_checkpoints, config.run.keep_best if config.data.validation else 0
-                with (
-                    contextlib.closing(CheckpointStore(run.path / "checkpoints", *kept)) as store,
-                    MetricsLog(run.path, store.latest_step or 0) as log,
-                ):
+                store = CheckpointStore(run.path / "checkpoints", *kept, manifest=run.manifest(config))
+                with contextlib.closing(store):
                     updater, progress = begin(config, system, store, splits, started)
-                    run_steps(run, config, name, system, splits, updater, progress, scorer, log, store, stop)
-        paths = {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"}
-        bad_rows = run.path / "bad_rows.jsonl"
-        print_summary(run.read_summary(), paths | ({"rows left out": bad_rows} if bad_rows.is_file() else {}))
+                    # Behind a damaged checkpoint, lines are redone.
+                    with MetricsLog(run.path, progress.step, writes=run.writes) as log:
+                        run_steps(run, config, name, system, splits, updater, progress, scorer, log, store, stop)
+        if run.writes:
+            paths = {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"}
+            bad_rows = run.path / "bad_rows.jsonl"
+            paths |= {"rows left out, by name": bad_rows} if bad_rows.is_file() else {}
+            print_summary(run.read_summary(), paths)
     return run.path
 
 
@@ -108,7 +111,7 @@ def run_steps(
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
     test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
     order = data_order(config, splits.train)
-    with RunProgress(config.run.num_steps, progress.step, title=name) as shown:
+    with RunProgress(config.run.num_steps, progress.step, title=name, quiet=not run.writes) as shown:
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
             shown.phase("evaluation before")
@@ -121,6 +124,7 @@ def run_steps(
                 config, system, splits.validation, progress.state, scorer, run
             )
         shown.phase("training")
+        watch, due = health.Watch(config, log.path, progress.step), False
         while progress.step < config.run.num_steps:
             with stop.held():
                 metrics, groups = train_step(config, system, updater, splits.train, order, scorer, progress, run)
@@ -131,19 +135,30 @@ def run_steps(
                     measured = validation.measure(config, system, splits.validation, progress.state, scorer, run)
                     metrics |= validation.as_metrics(measured, time.monotonic() - began)
                     shown.note(validation.as_line(progress.step, measured))
+                ringing, said = watch.look(progress.step - 1, metrics)
+                metrics |= ringing
+                for line in said:
+                    shown.note(line)
                 log.write(progress.step - 1, metrics)
                 last = progress.step == config.run.num_steps
-                if is_recorded(config, progress.step - 1):
+                if is_recorded(config, progress.step - 1) or watch.stops:
                     run.write_rollouts(progress.step - 1, groups)
+                watch.refuse(store.directory, store.latest_step)
                 chosen_from = measured is not None and config.run.keep_best > 0
-                if progress.step % config.run.save_every == 0 or last or stop.asked or chosen_from:
+                stop_asked = stop.agree(exchange(stop.asked))
+                due = due or progress.step % config.run.save_every == 0
+                if (due and not watch.is_suspect) or last or stop_asked or chosen_from:
                     save(store, progress, splits, measured)
+                    due = False
                 shown.update(progress.step, {name: metrics[name] for name in SHOWN})
         shown.phase("evaluation after")
         found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
         run.write_evaluation("after", found.groups)
     store.wait()
-    run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)))
+    if not run.writes:
+        return
+    left_out = health.rows_left_out(run.path / "bad_rows.jsonl")
+    run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)) | {"rows_left_out": left_out})
 
 
 def is_recorded(config: Config, step: int) -> bool:
@@ -216,7 +231,7 @@ def train_step(
     follow_kl(config, progress, metrics, sum(len(group.rollouts) for group in groups))
     made, work = learn(config, system, updater, problems, rows.batches, prompt_of, progress, run)
     metrics |= made
-    refuse_bad_updates(config, progress)
+    metrics["skipped_updates"] = int(jax.device_get(progress.state.num_skipped))
     if is_recorded(config, progress.step):
         run.write_trained(progress.step, work.trained)
 
@@ -283,16 +298,6 @@ def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], nu
         )
 
 
-def refuse_bad_updates(config: Config, progress: Progress) -> None:
-    skipped = int(jax.device_get(progress.state.num_skipped))
-    if skipped > config.training.max_skipped_updates:
-        raise UserError(
-            f"step {progress.step}: {skipped} updates had a gradient that is not finite, more than "
-            f"training.max_skipped_updates={config.training.max_skipped_updates}. The last checkpoint is kept; lower "
-            "the learning rate or look at the rollouts."
-        )
-
-
 def save(
     store: CheckpointStore, progress: Progress, splits: Splits, measured: Mapping[str, float] | None = None
 ) -> None:
@@ -332,6 +337,7 @@ def summarize(
         **(found if config.data.validation else {}),
         "zero_advantage_share": ends("zero_advantage_share"),
         "effective_share": ends("effective_share"),
+        "alarms": health.alarms_in(rows),
         "parameters": count_parameters(progress.state.params, config.model.freeze),
         **progress.spent,
         "seed": config.run.seed,

@@ -9,18 +9,18 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rethinker_jax import __version__
+from rethinker_jax import __version__, peers
 from rethinker_jax.commands import COMMANDS, Request
 from rethinker_jax.config_keys import ALL_KEYS, listing, nearest
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.mesh_spec import is_mesh_spec, parse_mesh
 
 PROGRAM = "python -m rethinker_jax.main"
-NOT_YET = ("plan",)
 MEMORY_LEVERS = (
     "Take more devices (--mesh), or lower sampling.num_slots, training.micro_batch_tokens or the token budgets, or set "
     "model.remat=full, model.lora.rank or model.freeze (docs/recipes.md, Memory)."
@@ -108,8 +108,6 @@ def _split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
             continue
         if word in COMMANDS:
             return word, [*arguments[:index], *arguments[index + 1 :]]
-        if word in NOT_YET:
-            raise UserError(f"{word}: this command is not there yet (there: {', '.join(COMMANDS)})")
         looks_like_config = (
             word.startswith(("-", "package:")) or word.endswith((".yaml", ".yml")) or Path(word).is_file()
         )
@@ -146,16 +144,30 @@ def _parse(name: str, arguments: Sequence[str]) -> Request:
 def _is_disk_full(error: BaseException | None) -> bool:
     """Whether the error, or one that it came from, is a full disk; libraries below us wrap it in types of their own."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if os.strerror(errno.ENOSPC) in str(error):
+        if os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EFBIG) in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code."""
+    """Runs one command line and returns its exit code; one of several processes that fails ends all of them."""
+    try:
+        code = _run(arguments)
+    except BaseException as error:
+        if not peers.watched():
+            raise
+        traceback.print_exc()
+        peers.leave(1, f"{type(error).__name__}: {error}")
+        raise
+    if code == 0:
+        peers.finish()
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         name, rest = _split_command(_join_mesh(words))
@@ -168,12 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[name].run(_parse(name, rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        peers.leave(2, f"error: {error}")
         return 2
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        peers.leave(stopped.exit_code, str(stopped))
         return stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        peers.leave(130, "interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read our output has enough; without this the interpreter would complain again when it closes stdout.
@@ -186,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said = str(error).partition("\n")[0].rstrip(".")
             print(f"error: the device's memory does not suffice: {said}. {MEMORY_LEVERS}", file=sys.stderr)
         else:
+            peers.await_verdict()  # a collective fails where another process ends
             raise
+        peers.leave(2, f"error: {error}")
         return 2
     return 0
 

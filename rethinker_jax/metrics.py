@@ -53,12 +53,15 @@ class MetricsLog:
     """`metrics.jsonl`, one line per step, and the same numbers as TensorBoard events in `tensorboard/`.
 
     A run that resumes at `first_step` loses the lines of that step and later ones, which it will write again; so does a
-    last line that was torn when the run was killed.
+    last line that was torn when the run was killed. With `writes` False nothing is touched: another process writes.
     """
 
-    def __init__(self, run_dir: Path, first_step: int = 0):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run_dir: Path, first_step: int = 0, *, writes: bool = True):
         self.path = run_dir / "metrics.jsonl"
+        self._writes = writes
+        if not writes:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _keep_before(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -66,6 +69,8 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends one line and waits until it is on the disk. Numbers that are not finite are written as null."""
+        if not self._writes:
+            return
         values = {name: plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": int(step), **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -75,8 +80,9 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -2,17 +2,18 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rethinker_jax import rethink
+from rethinker_jax import peers, rethink
 from rethinker_jax.config import Config, RethinkConfig
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.rewards.scorer import Pending, Scorer
+from rethinker_jax.processes import exchange, is_mine
+from rethinker_jax.rewards.scorer import Pending, Response, Scorer
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
 from rethinker_jax.system import System
-from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout
+from rethinker_jax.types import FIRST, TRIGGER, Prompt, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,34 +151,63 @@ def roll_out(
 
 
 class Judging:
-    """Rollouts in the making: completions are submitted to the scorer as they end, while others are being drawn."""
+    """Rollouts in the making: completions are submitted to the scorer as they end, while others are being drawn.
+
+    Of several processes each judges its share of the requests, and `result` brings the verdicts together.
+    """
 
     def __init__(self, requests: Sequence[Request], scorer: Scorer):
         self._requests = requests
         self._scorer = scorer
+        self._drawn: dict[int, Drawn] = {}
         self._parts: list[tuple[Sequence[tuple[int, Drawn]], Pending]] = []
 
     def submit(self, ended: Sequence[tuple[int, Drawn]]) -> None:
         """Asks for the verdicts of the first responses and, behind them, of what second looks were forced on."""
-        if not ended:
+        self._drawn |= dict(ended)
+        mine = [(row, drawn) for row, drawn in ended if is_mine(row)]
+        if not mine:
             return
-        firsts = [(self._requests[row].prompt, drawn.first or drawn.completion) for row, drawn in ended]
-        forced = [(self._requests[row].prompt, drawn.completion) for row, drawn in ended if drawn.first is not None]
-        self._parts.append((ended, self._scorer.submit(firsts + forced)))
+        firsts = [(self._requests[row].prompt, drawn.first or drawn.completion) for row, drawn in mine]
+        forced = [(self._requests[row].prompt, drawn.completion) for row, drawn in mine if drawn.first is not None]
+        self._parts.append((mine, self._scorer.submit(firsts + forced)))
 
     def result(self) -> list[Rollout]:
         """Waits for the verdicts; one rollout a request, in their order."""
-        rollouts: dict[int, Rollout] = {}
-        for ended, pending in self._parts:
+        firsts: dict[int, Verdict] = {}
+        seconds: dict[int, Verdict] = {}
+        for mine, pending in self._parts:
             verdicts = pending.result()
-            second = iter(verdicts[len(ended) :])
-            for (row, drawn), verdict in zip(ended, verdicts, strict=False):
-                request = self._requests[row]
-                rollout = Rollout(request.prompt, request.sample, drawn.first or drawn.completion, verdict)
-                if drawn.first is not None:
-                    rollout = dataclasses.replace(rollout, forced=drawn.completion, forced_verdict=next(second))
-                rollouts[row] = rollout
-        return [rollouts[row] for row in range(len(self._requests))]
+            firsts |= {row: verdict for (row, _), verdict in zip(mine, verdicts, strict=False)}
+            forced = [row for row, drawn in mine if drawn.first is not None]
+            seconds |= dict(zip(forced, verdicts[len(mine) :], strict=True))
+        firsts, seconds = all_verdicts(firsts), all_verdicts(seconds)
+        rollouts = []
+        for row, request in enumerate(self._requests):
+            drawn = self._drawn[row]
+            rollout = Rollout(request.prompt, request.sample, drawn.first or drawn.completion, firsts[row])
+            if drawn.first is not None:
+                rollout = dataclasses.replace(rollout, forced=drawn.completion, forced_verdict=seconds[row])
+            rollouts.append(rollout)
+        return rollouts
+
+
+def all_verdicts(mine: Mapping[int, Verdict]) -> dict[int, Verdict]:
+    """The verdicts of all processes, by what they are of."""
+    if peers.count() == 1:
+        return dict(mine)
+    peers.at("verify")
+    found: dict[int, Verdict] = {}
+    for said in exchange([[number, dataclasses.asdict(verdict)] for number, verdict in mine.items()]):
+        found |= {number: Verdict(**fields) for number, fields in said}
+    return found
+
+
+def judge_all(responses: Sequence[Response], scorer: Scorer) -> list[Verdict]:
+    """The verdicts of responses that all processes have; each judges its share."""
+    mine = {place: response for place, response in enumerate(responses) if is_mine(place)}
+    found = all_verdicts(dict(zip(mine, scorer.submit(list(mine.values())).result(), strict=True)))
+    return [found[place] for place in range(len(responses))]
 
 
 def keep(rollouts: Sequence[Rollout], config: Config) -> tuple[Rollout, ...]:
@@ -257,7 +287,7 @@ def _second_pass(
     )  # fmt: skip
     kept.drop()
     prompts = [rollouts[place].prompt for place in places]
-    verdicts = scorer.submit([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)]).result()
+    verdicts = judge_all([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)], scorer)
     rollouts = list(rollouts)
     for place, one, verdict in zip(places, drawn, verdicts, strict=True):
         rollouts[place] = dataclasses.replace(rollouts[place], forced=one.completion, forced_verdict=verdict)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from rethinker_jax.config import Config
 from rethinker_jax.curation.curriculum import CurriculumOrder, easiness_of
 from rethinker_jax.errors import UserError
+from rethinker_jax.processes import exchange, is_mine
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
@@ -121,10 +122,37 @@ def next_prompts(
 def usable_prompts(
     config: Config, system: System, rows: Sequence[tuple[int, Problem]], step: int, run: RunDirectory
 ) -> list[tuple[int, Prompt]]:
-    prompts = []
-    for row, problem in rows:
+    """The prompts that can be made of (row number, problem); the others are listed in the run and left out.
+
+    Of several processes each decodes the pictures of some, and what it finds is told to all.
+    """
+    prompts, bad = build_prompts(system, [problem for _, problem in rows])
+    bad = agreed(bad)
+    for place, (kind, why) in bad.items():
+        run.note_bad_row(step, rows[place][1].id, kind, why, config.run.max_bad_rows)
+    return [(row, prompts[place]) for place, (row, _) in enumerate(rows) if place not in bad]
+
+
+Bad = dict[int, tuple[str, str]]  # place → kind, why
+
+
+def build_prompts(system: System, problems: Sequence[Problem]) -> tuple[dict[int, Prompt], Bad]:
+    """By place the prompts, and why there is none; with several processes, as far as this one knows."""
+    prompts: dict[int, Prompt] = {}
+    bad: Bad = {}
+    for place, problem in enumerate(problems):
         try:
-            prompts.append((row, system.builder.build(problem)))
+            prompts[place] = system.builder.build(problem)
+            if is_mine(place):
+                system.builder.decode(prompts[place])
         except BadPrompt as error:
-            run.note_bad_row(step, problem.id, error.kind, str(error), config.run.max_bad_rows)
-    return prompts
+            bad[place] = error.kind, str(error)
+    return prompts, bad
+
+
+def agreed(bad: Bad) -> Bad:
+    """What any of the processes found to be bad, in the order of places; every process must ask."""
+    found: Bad = {}
+    for said in exchange([[place, *why] for place, why in bad.items()]):
+        found |= {place: (kind, why) for place, kind, why in said if place not in found}
+    return dict(sorted(found.items()))

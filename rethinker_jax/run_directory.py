@@ -12,11 +12,13 @@ from typing import Any, Literal
 
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config, save_config
+from rethinker_jax.config_health import HealthConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.metrics import plain
 from rethinker_jax.output_files import hash_of as hash_of
 from rethinker_jax.output_files import versions as versions
 from rethinker_jax.output_files import write_whole as write_whole
+from rethinker_jax.processes import is_first
 from rethinker_jax.replay import Selection
 from rethinker_jax.rollout import Group
 from rethinker_jax.types import SEGMENT_NAMES, Rollout
@@ -26,6 +28,9 @@ LENGTHS = frozenset({"run.num_steps", "sft.num_steps", "sft.num_epochs"})
 FREE_KEYS = LENGTHS | {
     "run.dir", "run.save_every", "run.keep_checkpoints", "run.keep_best", "run.rollouts_every",
     "run.compilation_cache", "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
+    "verifier.deadline_s",  # of the wall clock: a backstop, no verdict of a run that has the time depends on it
+    "mesh.data", "mesh.fsdp", "mesh.tensor",  # the same numbers up to rounding
+    *(f"health.{field.name}" for field in dataclasses.fields(HealthConfig)),
 }  # fmt: skip
 
 Kind = Literal["rl", "sft"]
@@ -44,21 +49,29 @@ EVALUATED = frozenset({"sampling", "verifier", "reward", "rethink", "evaluation"
 class RunDirectory:
     """config.yaml, metrics.jsonl, rollouts/, evaluations/, checkpoints/, summary.json, report.html.
 
-    Nothing is made before `locked` is entered. `kind` says which sections of the config count.
+    Nothing is made before `locked` is entered. `kind` says which sections of the config count. Of several processes the
+    first one holds the directory and writes; in the others the same calls write nothing.
     """
 
     def __init__(self, path: Path, kind: Kind):
         self.path = path
         self.kind: Kind = kind
+        self._noted: list[str] = []  # lines of bad_rows.jsonl
+
+    @property
+    def writes(self) -> bool:
+        return is_first()
 
     @contextlib.contextmanager
     def locked(self) -> Generator[None]:
         """Hold the directory alone; it is made if need be, and goes again if nothing was put into it."""
-        with hold(self.path):
+        with hold(self.path) if self.writes else contextlib.nullcontext():
             yield
 
     def start(self, config: Config) -> None:
         """Keep the config, once all that it names was found to be usable."""
+        if not self.writes:
+            return
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(self.path)))
         save_config(config, self.path / "config.yaml")
 
@@ -67,15 +80,20 @@ class RunDirectory:
         path = self.path / "config.yaml"
         if not path.is_file() or not (self.path / "checkpoints").is_dir():
             return []
-        before, now = _flat(load_config(path, [])), _flat(config)
+        before, now = _flat(load_config(path, [])), self._deciding(config, free)
+        return [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]]
+
+    def manifest(self, config: Config) -> dict[str, Any]:
+        """What every checkpoint says of its origin: a hash of the keys that may not change, commit, versions."""
+        return {"config": hash_of(sorted(self._deciding(config, FREE_KEYS).items()))} | versions()
+
+    def _deciding(self, config: Config, free: Set[str]) -> dict[str, Any]:
+        """The keys that this kind of run reads and that are not `free`, with their values."""
         unused = UNUSED[self.kind]
         if self.kind == "sft" and config.sft.evaluate:
             unused -= EVALUATED
-        return [
-            f"{key} was {before[key]!r}, is {now[key]!r}"
-            for key in now
-            if key not in free and key.partition(".")[0] not in unused and before.get(key) != now[key]
-        ]
+        flat = _flat(config)
+        return {key: flat[key] for key in flat if key not in free and key.partition(".")[0] not in unused}
 
     def check_config(self, config: Config) -> None:
         """Refuse to go on with a run under another config. Only its length and logging may change."""
@@ -94,6 +112,8 @@ class RunDirectory:
             raise UserError(f"{path}: wanted JSON ({error}). Remove the file; the run will write it again.") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         write_whole(self.path / "summary.json", json.dumps(plain(summary), indent=2) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
@@ -101,6 +121,8 @@ class RunDirectory:
 
     def write_trained(self, step: int, trained: Sequence[tuple[int, Selection]]) -> None:
         """The rows of each (optimizer step, selection) of a step: which problem, advantage, weight, and how old."""
+        if not self.writes:
+            return
         updates = [{"update": update, "rows": _trained_rows(update, chosen)} for update, chosen in trained]
         path = self.path / "rollouts" / f"trained_{step:06d}.json"
         path.parent.mkdir(exist_ok=True)
@@ -113,10 +135,14 @@ class RunDirectory:
         """Add a row to bad_rows.jsonl, once however often it is met. Raises UserError above `limit` rows."""
         path = self.path / "bad_rows.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # Where another process writes the file, it may be behind us or ahead.
+        lines += [line for line in self._noted if line not in lines]
         line = json.dumps({"step": step, "id": problem, "kind": kind, "why": why})
         if line not in lines:
+            self._noted.append(line)
             lines.append(line)
-            write_whole(path, "".join(line + "\n" for line in lines))
+            if self.writes:
+                write_whole(path, "".join(line + "\n" for line in lines))
         count = len({json.loads(line)["id"] for line in lines})
         if count > limit:
             raise UserError(
@@ -125,6 +151,8 @@ class RunDirectory:
             )
 
     def _write_groups(self, path: Path, step: int | None, groups: Sequence[Group]) -> None:
+        if not self.writes:
+            return
         (self.path / "rollouts" / "images").mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         lines = [json.dumps(self._group(step, group), ensure_ascii=False) for group in groups]

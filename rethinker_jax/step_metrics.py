@@ -17,6 +17,12 @@ from rethinker_jax.training.batch import Packed
 from rethinker_jax.training.packing import Group as PromptGroup
 from rethinker_jax.types import Verdict
 
+# Metrics that are read off a clock: two runs that do the same differ in these alone.
+CLOCKS = (
+    "seconds", "seconds_rollout", "seconds_update", "seconds_compile", "seconds_waiting_for_verdicts",
+    "seconds_second_pass", "seconds_optimizer_steps", "seconds_validation", "tokens_per_second",
+    "rollout_tokens_per_second", "update_tokens_per_second", "update_mfu", "step_mfu", "verdict_ms",
+)  # fmt: skip
 NOT_CORRECT = ("wrong", "no_answer", "bad_gold", "timeout", "crash")
 
 
@@ -39,8 +45,11 @@ def reward_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
         for name in names
     }
     judged = any("judge" in verdict.parts or "judge" in verdict.missing for verdict in verdicts)
-    failures = {"judge_failures": float(sum("judge" in verdict.missing for verdict in verdicts))} if judged else {}
-    return means | failures
+    if not judged:
+        return means
+    failed = sum("judge" in verdict.missing for verdict in verdicts)
+    asked = failed + sum("judge" in verdict.parts for verdict in verdicts)
+    return means | {"judge_failures": float(failed), "judge_failure_share": failed / asked}
 
 
 def rollout_metrics(groups: Sequence[Group], epsilon: float) -> dict[str, float]:

@@ -2,24 +2,34 @@
 
 import contextlib
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from types import FrameType
 
+from rethinker_jax import peers
 from rethinker_jax.errors import Stopped
 
 INTERRUPTED, PREEMPTED = 130, 75
 
 
 class StopRequest:
-    """A request raises Stopped at once, or at the end of the block that holds it back. A second Ctrl-C never waits."""
+    """A request raises Stopped at once, or at the end of the block that holds it back. A second Ctrl-C never waits.
+
+    Of several processes, one may be asked alone: inside the block they `agree`, so that all stop behind the same step.
+    """
 
     def __init__(self) -> None:
-        self._exit_code: int | None = None
+        self._asked = self._agreed = 0
         self._held = False
 
     @property
-    def asked(self) -> bool:
-        return self._exit_code is not None
+    def asked(self) -> int:
+        """The exit code that a stop was asked with; 0 = it was not."""
+        return self._asked
+
+    def agree(self, asked: Sequence[int]) -> bool:
+        """Whether the block is to end in a stop: `asked` of all processes."""
+        self._agreed = max(asked)
+        return self._agreed > 0
 
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
@@ -29,15 +39,16 @@ class StopRequest:
             yield
         finally:
             self._held = False
-        if self._exit_code is not None:
-            raise _stopped(self._exit_code)
+        code = self._agreed if peers.watched() else self._asked
+        if code:
+            raise _stopped(code)
 
     def hear(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
-        self._exit_code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+        self._asked = INTERRUPTED if number == signal.SIGINT else PREEMPTED
         if not self._held:
-            raise _stopped(self._exit_code)
+            raise _stopped(self._asked)
 
 
 def _stopped(exit_code: int) -> Stopped:

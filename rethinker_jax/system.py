@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rethinker_jax import peers
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.attention_kernels import choose_attention
@@ -19,8 +20,9 @@ from rethinker_jax.models.lora import adapt_params, adapter_layout, init_adapter
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig, VisionConfig, read_config
-from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, row_shards
+from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, row_shards, shards_here
 from rethinker_jax.models.weights import load_params
+from rethinker_jax.processes import is_first
 from rethinker_jax.prompts.build import PromptBuilder
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import ChatTokenizer
@@ -89,17 +91,17 @@ def load_system(config: Config) -> System:
     _check_images(directory, images, vision)
     builder = PromptBuilder(
         tokenizer, images, geometry, config.data.prompt_template, max_prompt_tokens=config.data.max_prompt_tokens,
-        cache_size=1024,
+        cache_size=1024, decode_late=peers.watched(),
     )  # fmt: skip
     dtype = resolve_dtype(config.model.dtype, qwen.dtype)
     mesh = make_mesh(config.mesh)
     attention = choose_attention(config.model.attention, qwen, dtype, mesh)
-    if jax.process_index() == 0:
+    if is_first():
         print(f"attention: {attention.name}", file=sys.stderr)
     qwen, params = _weights(config, directory, qwen, mesh)
     if config.model.lora.rank:
         params["lora"] = _adapters(config, qwen, mesh)
-    model = define_model(qwen, config.model.remat, attention)
+    model = define_model(qwen, config.model.remat, attention, mesh)
     sampler = Sampler(model, mesh, tokenizer, geometry, tokenizer.end_token_ids, never, config.buckets)
     return System(directory, mesh, model, params, dtype, tokenizer, geometry, builder, sampler)
 
@@ -138,7 +140,7 @@ def pack_to_train(
     """At most `num_rows` rows as micro-batches for this mesh; `completion_length` bounds their completions."""
     return pack_micro_batches(
         rows, system.geometry, completion_length, num_rows, config.training.micro_batch_tokens, config.buckets,
-        row_shards(system.mesh),
+        row_shards(system.mesh), shards_here(system.mesh),
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ class ImagePatches:
     where nobody said.
     """
 
-    patches: np.ndarray
+    patches: Any  # a numpy array, or one that is made when its rows are asked for
     grid: tuple[int, int, int]
     original_size: tuple[int, int] = (0, 0)
     size: tuple[int, int] = (0, 0)

@@ -24,7 +24,7 @@ from rethinker_jax.prompts.batch import pack_prompts
 from rethinker_jax.report import write_report
 from rethinker_jax.run_directory import RunDirectory
 from rethinker_jax.sft.encode import RowEncoder
-from rethinker_jax.sft.loop import Setup, count_steps, is_finished, next_batches
+from rethinker_jax.sft.loop import Batch, Setup, count_steps, is_finished, prepare
 from rethinker_jax.sft.rows import open_split
 from rethinker_jax.system import EXAMPLE_MODEL, System, load_system
 from rethinker_jax.training.layout import TrainRow
@@ -209,9 +209,16 @@ def setup_of(system: System, folder: Path, rows: Sequence[Row], **options: Any) 
     return Setup(config, "x", run, system, RowEncoder(system.builder, 16), split, count_steps(sft, split.train.count))
 
 
+def batch_of(setup: Setup, step: int) -> Batch:
+    """The batch of a step, which one process prepares as a whole."""
+    made = prepare(setup, step)
+    assert isinstance(made, Batch)
+    return made
+
+
 def learned_counts(setup: Setup, step: int) -> Counter[int]:
     """How often each number of learned tokens occurs among the rows of a step."""
-    batches = next_batches(setup, step).micro_batches
+    batches = batch_of(setup, step).micro_batches
     counts = np.concatenate([np.asarray(batch.nll_mask).sum(-1) for batch in batches])
     return Counter(int(count) for count in counts if count)
 
@@ -237,15 +244,15 @@ def test_epochs_meet_every_row_as_often(system: System, tmp_path: Path) -> None:
 def test_long_completions_are_cut_or_left_out(system: System, tmp_path: Path) -> None:
     """Catches a row that is cut where it should be dropped, and shares that are not counted."""
     rows = [{"question": "?", "completion": text} for text in ("1", "2", "3", "4" + "\n5" * 40)]
-    cut = next_batches(setup_of(system, tmp_path, rows), 0)
+    cut = batch_of(setup_of(system, tmp_path, rows), 0)
     drop = setup_of(system, tmp_path, rows, overlong="drop")
-    dropped = next_batches(drop, 0)
+    dropped = batch_of(drop, 0)
     assert (cut.cut_share, cut.dropped_share, dropped.cut_share, dropped.dropped_share) == (0.25, 0.0, 0.0, 0.25)
     assert sorted(learned_counts(setup_of(system, tmp_path, rows), 0).elements()) == [2, 2, 2, 16]
     assert sorted(learned_counts(drop, 0).elements()) == [2, 2, 2]
     none = setup_of(system, tmp_path, rows[-1:], overlong="drop")
     with pytest.raises(UserError, match="too long"):
-        next_batches(none, 0)
+        batch_of(none, 0)
 
 
 HOSTILE = "</pre></script><img src=x onerror=alert(1)>\u202eabc"

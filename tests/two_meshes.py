@@ -20,6 +20,7 @@ from test_update import png
 from rethinker_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, place_rows, row_shards, spec_for
 from rethinker_jax.system import System, load_system, make_updater, training_shardings
+from rethinker_jax.training import log_probs
 from rethinker_jax.training.batch import pack_rows
 from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.update import TrainState
@@ -81,9 +82,10 @@ def main(directory: str) -> None:
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0),
     )
     eight = load_system(config)
+    log_probs.CHUNK_BYTES = 4 * 4 * eight.model.config.vocab  # four tokens a chunk: the head is shared by several
     alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     params = jax.device_put(jax.device_get(eight.params), training_shardings(eight.model.config, alone))
-    one = dataclasses.replace(eight, mesh=alone, params=params)
+    one = dataclasses.replace(eight, mesh=alone, params=params, model=dataclasses.replace(eight.model, mesh=alone))
 
     rows = make_rows(eight)
     batch, odd = (pack_rows(rows, eight.geometry, 16, count, shards=row_shards(eight.mesh)) for count in (8, 7))

@@ -25,6 +25,7 @@ from rethinker_jax.models.parts import LORA_SCALE, part_of
 from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Params, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig
+from rethinker_jax.models.sharding import put
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 
@@ -82,7 +83,7 @@ def init_adapters(dims: Params, shapes: Params, shardings: Params, scale: float,
         return inputs**-0.5 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     return unflatten_mapping(
-        {path: jax.device_put(value(path, leaf), places[path]) for path, leaf in flatten_mapping(shapes).items()}
+        {path: put(value(path, leaf), places[path]) for path, leaf in flatten_mapping(shapes).items()}
     )
 
 

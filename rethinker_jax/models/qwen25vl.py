@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask
@@ -45,7 +46,10 @@ class Qwen25VL(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Definition without arrays; hashable, so it may be a static argument of a jitted function."""
+    """Definition without arrays; hashable, so it may be a static argument of a jitted function.
+
+    mesh: that on which it is trained, where we say ourselves how work is cut over rows; None = one device.
+    """
 
     config: QwenConfig
     vision: nnx.GraphDef
@@ -53,6 +57,7 @@ class Model:
     norm: nnx.GraphDef
     remat: Remat = "none"
     attention: Attention = PLAIN
+    mesh: Mesh | None = None
 
     def __hash__(self) -> int:
         return hash((self.config, self.remat))  # the graphs follow from the config, and take half a millisecond to hash
@@ -126,10 +131,12 @@ def causal_attend(
     return attention(query, key, value, Mask(causal=True, lengths=lengths)), cache
 
 
-def define_model(config: QwenConfig, remat: Remat = "none", attention: Attention = PLAIN) -> Model:
+def define_model(
+    config: QwenConfig, remat: Remat = "none", attention: Attention = PLAIN, mesh: Mesh | None = None
+) -> Model:
     abstract = nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0)))
     parts = abstract.vision, abstract.text.layers, abstract.text.norm
-    return Model(config, *[nnx.graphdef(part) for part in parts], remat, attention)
+    return Model(config, *[nnx.graphdef(part) for part in parts], remat, attention, mesh)
 
 
 def param_shapes(config: QwenConfig) -> Params:
@@ -142,6 +149,14 @@ def param_dims(config: QwenConfig) -> Params:
     state = nnx.state(nnx.eval_shape(lambda: Qwen25VL(config, nnx.Rngs(0))))
     flat = nnx.to_flat_state(state)
     return nnx.traversals.unflatten_mapping({path: variable.get_metadata()["dims"] for path, variable in flat})
+
+
+@functools.cache
+def head_dims(config: QwenConfig) -> Params:
+    """The dimension words of what `Model.logits` reads, in a dictionary of its own."""
+    text = param_dims(config)["text"]
+    head = "embedding" if config.tied else "head"
+    return {"text": {key: text[key] for key in ("norm", head)}}
 
 
 def init_params(config: QwenConfig, seed: int, shardings: Params | None = None) -> Params:

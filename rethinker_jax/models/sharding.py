@@ -94,4 +94,23 @@ def row_shardings(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, in
 
 def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
     """Put host arrays on the mesh, where `row_shardings` says."""
-    return jax.device_put(tree, row_shardings(tree, mesh, axis, axis_of))
+    return put(tree, row_shardings(tree, mesh, axis, axis_of))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same in every process, on the devices; each process puts what its own devices see."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(
+        lambda array, sharding: jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__),
+        tree,
+        shardings,
+    )
+
+
+def shards_here(mesh: Mesh) -> frozenset[int] | None:
+    """Of the parts that rows are cut into, those that devices of this process see; None = all."""
+    if jax.process_count() == 1:
+        return None
+    places = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
+    return frozenset(np.flatnonzero(places.reshape(row_shards(mesh), -1).any(axis=1)).tolist())

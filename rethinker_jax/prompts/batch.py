@@ -1,7 +1,7 @@
 """Prompts of one call, padded to a shape that few others differ from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, no_type_check
 
 import numpy as np
@@ -71,6 +71,7 @@ def pack_prompts(
     vision_buckets: Sequence[tuple[int, int]] | None = None,
     row_multiple: int = 1,
     vision_minimum: tuple[int, int] = (1, 4),
+    shards_here: Collection[int] | None = None,
 ) -> PromptBatch:
     """Pads prompts to one length, of `seq_buckets` where one is enough, and lays out each distinct image once.
 
@@ -84,7 +85,9 @@ def pack_prompts(
     images, places = unique_images(prompts)
     vision = None
     if images:
-        vision = pack_images(images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum)
+        vision = pack_images(
+            images, geometry, vision_buckets, row_multiple=row_multiple, minimum=vision_minimum, shards_here=shards_here
+        )
 
     seq = choose_bucket(max(len(prompt) for prompt in prompts), seq_buckets, seq_minimum)
     token_ids = np.zeros((num_rows, seq), np.int32)

@@ -9,6 +9,7 @@ from rethinker_jax.prompts.images import (
     BadImage,
     ImageSettings,
     image_grid,
+    late_image,
     load_image,
     num_tokens,
     open_image,
@@ -17,7 +18,7 @@ from rethinker_jax.prompts.images import (
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.prompts.template import ChatTokenizer, prompt_template
 from rethinker_jax.prompts.windows import VisionGeometry
-from rethinker_jax.types import Problem, Prompt
+from rethinker_jax.types import ImagePatches, Problem, Prompt
 
 
 class BadPrompt(ValueError):
@@ -47,8 +48,11 @@ class PromptBuilder:
         max_prompt_tokens: int = 0,
         cache_size: int = 0,
         cache_bytes: int = 2**30,
+        decode_late: bool = False,
     ):
-        """`max_prompt_tokens` 0 = no limit. Raises UserError for an unknown template, ValueError if sizes differ."""
+        """`max_prompt_tokens` 0 = no limit. `decode_late`: pixels are decoded when they are asked for. Raises UserError for an
+        unknown template, ValueError if sizes differ.
+        """
         prompt_template(template_name)
         if (image_settings.patch_size, image_settings.merge_size) != (geometry.patch_size, geometry.merge_size):
             raise ValueError(
@@ -60,6 +64,7 @@ class PromptBuilder:
         self.geometry = geometry
         self.template_name = template_name
         self.max_prompt_tokens = max_prompt_tokens
+        self.decode_late = decode_late
         self._cache_size = cache_size
         self._cache_bytes = cache_bytes
         self._used_bytes = 0
@@ -67,7 +72,7 @@ class PromptBuilder:
         self._lock = threading.Lock()
 
     def build(self, problem: Problem) -> Prompt:
-        """The prompt of a problem. Raises BadPrompt."""
+        """The prompt of a problem. Raises BadPrompt, short of decoding its images where that comes late."""
         with self._lock:
             cached = self._cache.get(problem.id)
             if cached is not None and cached.problem == problem:
@@ -82,6 +87,14 @@ class PromptBuilder:
     def check(self, problem: Problem) -> int:
         """Prompt length in tokens, from the headers of its images alone. Raises BadPrompt, short of decoding."""
         return len(self._encode(problem, self._grids(problem)))
+
+    def decode(self, prompt: Prompt) -> None:
+        """Decode the images of a prompt, where that was put off. Raises BadPrompt."""
+        try:
+            for image in prompt.images:
+                image.patches[:0]
+        except BadImage as error:
+            raise BadPrompt("bad_image", f"problem {prompt.problem.id!r}: {error}") from error
 
     def _keep(self, prompt: Prompt) -> None:
         replaced = self._cache.pop(prompt.problem.id, None)
@@ -117,7 +130,7 @@ class PromptBuilder:
     def _build(self, problem: Problem) -> Prompt:
         self.check(problem)  # a prompt that is too long is refused before its pixels are decoded
         try:
-            images = tuple(preprocess(load_image(ref), self.image_settings) for ref in problem.images)
+            images = tuple(map(self._image, problem.images))
         except BadImage as error:
             raise BadPrompt("bad_image", f"problem {problem.id!r}: {error}") from error
         grids = [image.grid for image in images]
@@ -134,6 +147,12 @@ class PromptBuilder:
             images=images,
             text=self.tokenizer.render(problem, self.template_name),
         )
+
+    def _image(self, ref: bytes | str) -> ImagePatches:
+        if not self.decode_late:
+            return preprocess(load_image(ref), self.image_settings)
+        with open_image(ref) as image:
+            return late_image(image, ref, self.image_settings)
 
 
 def _num_bytes(prompt: Prompt) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.prompts.rows import REQUIRED, BadField, match_columns, read_row
+from rethinker_jax.terminal import printable
 from rethinker_jax.types import Problem
 
 EXAMPLE_CACHE = "~/.cache/rethinker_jax/example"
@@ -118,7 +119,7 @@ def _part_problems(
             row_id = f"{stem}-{number}"
             yield read_row(row, matched, where=where, row_id=row_id, image_root=root, required=required), where
         except BadField as error:
-            bad_rows.append(BadRow(where, error.kind, error.why))
+            bad_rows.append(BadRow(where, error.kind, printable(error.why)))
 
 
 def _describe(found: Problems) -> str:
@@ -186,7 +187,7 @@ def _parquet_part(path: Path) -> Part:
         with pq.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
             rows = [row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist()]
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as parquet: {error}") from error
     return Part(path.name, columns, rows, path.parent)
 
@@ -206,11 +207,23 @@ def _json_lines_part(path: Path) -> Part:
             if not isinstance(row, dict):
                 rows.append(BadRow(where, "bad_json", f"wanted an object, found {type(row).__name__}"))
                 continue
+            if b"\\ud" in line.lower() and _has_half_character(row):
+                rows.append(BadRow(where, "bad_json", "a text holds half of a character, which no file can"))
+                continue
             columns.update(dict.fromkeys(row))
             rows.append(row)
     while rows and isinstance(rows[-1], BadRow) and rows[-1].why == "an empty line":
         rows.pop()
     return Part(path.name, list(columns), rows, path.parent)
+
+
+def _has_half_character(row: Mapping[str, Any]) -> bool:
+    """Whether a text in the row, or a name in it, has a lone surrogate: JSON can write one, UTF-8 cannot."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _hub_part(source: str) -> Part:

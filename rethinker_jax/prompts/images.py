@@ -19,6 +19,7 @@ from rethinker_jax.json_values import mapping, number, read_object, three_number
 from rethinker_jax.types import ImagePatches
 
 MAX_FILE_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 MAX_ASPECT_RATIO = 200  # of the published resize rule
 # Raster formats only: PIL would hand PostScript files to an external interpreter.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -185,7 +186,7 @@ def image_grid(image: Image.Image, settings: ImageSettings) -> tuple[int, int, i
         orientation = image.getexif().get(0x0112, 1)
     except DECODE_ERRORS as error:
         raise BadImage(f"cannot read the EXIF part of an image: {type(error).__name__}: {error}") from error
-    if orientation in (5, 6, 7, 8):  # lies on its side
+    if orientation in ON_ITS_SIDE:
         width, height = height, width
     height, width = smart_resize(height, width, settings)
     return 1, height // settings.patch_size, width // settings.patch_size
@@ -205,6 +206,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise BadImage(f"cannot turn an image of mode {image.mode} into RGB: {error}") from error
+
+
+class LatePatches:
+    """Patches of an image whose header alone was read; it is decoded when the first rows are asked for.
+
+    Asking raises BadImage where it cannot be decoded, or is no longer what its header said.
+    """
+
+    def __init__(self, ref: bytes | str, settings: ImageSettings, grid: tuple[int, int, int]):
+        self._ref, self._settings, self._grid = ref, settings, grid
+        self.shape = math.prod(grid), settings.patch_dim
+        self.ndim, self.nbytes = 2, 4 * math.prod(self.shape)
+        self._patches: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.decoded()[rows]
+
+    def decoded(self) -> np.ndarray:
+        if self._patches is None:
+            made = preprocess(load_image(self._ref), self._settings)
+            if made.grid != self._grid:
+                raise BadImage(f"an image changed its size: it had a grid of {self._grid}, now {made.grid}")
+            self._patches = made.patches
+        return self._patches
+
+
+def late_image(image: Image.Image, ref: bytes | str, settings: ImageSettings) -> ImagePatches:
+    """What `preprocess` would give, from the header of the opened image alone. Raises BadImage."""
+    grid = image_grid(image, settings)
+    turned = image.getexif().get(0x0112, 1) in ON_ITS_SIDE
+    original_size = image.size[::-1] if turned else image.size
+    size = grid[2] * settings.patch_size, grid[1] * settings.patch_size
+    return ImagePatches(LatePatches(ref, settings, grid), grid, original_size, size)
 
 
 def preprocess(image: Image.Image, settings: ImageSettings) -> ImagePatches:

@@ -258,7 +258,7 @@ def _load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer  # takes a second to import, and not every command needs it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot load a tokenizer from {directory} ({type(error).__name__}: {error}): wanted tokenizer.json and "

@@ -11,7 +11,7 @@ Order is the published one: windows row-major over the image, merge units row-ma
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, no_type_check
 
 import numpy as np
@@ -199,12 +199,14 @@ def pack_images(
     *,
     row_multiple: int = 1,
     minimum: tuple[int, int] = (1, 4),
+    shards_here: Collection[int] | None = None,
 ) -> VisionBatch:
     """Lays images out in vision rows.
 
     `buckets` lists the (rows, windows per row) shapes to choose from; where none of them holds the images, or none is
     given, a row is as wide as the widest frame and both sizes are rounded up by `bucket` from `minimum` = (rows,
-    windows). `row_multiple` is for meshes that shard rows. Raises ValueError for no images and for patches that do not
+    windows). `row_multiple` is for meshes that shard rows: into so many parts, of which only `shards_here` get pixels
+    (None = all). Raises ValueError for no images and for patches that do not
     fit the grid.
     """
     if not images:
@@ -229,7 +231,8 @@ def pack_images(
         layout = layouts[image.grid[1:]]
         start = place.row * windows + place.first_window
         where = layout.slots + start * width
-        patches[where] = image.patches[slot * len(where) : (slot + 1) * len(where)]
+        if shards_here is None or place.row // (rows // row_multiple) in shards_here:
+            patches[where] = image.patches[slot * len(where) : (slot + 1) * len(where)]
         hw[where] = layout.hw
         valid[where] = True
         segment[start : start + layout.num_windows] = place.segment

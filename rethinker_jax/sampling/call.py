@@ -6,6 +6,7 @@ are judged while others are drawn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from rethinker_jax import peers
 from rethinker_jax.config import BucketsConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import ROWS, place_rows, row_shards
+from rethinker_jax.models.sharding import ROWS, place_rows, put, row_shards, shards_here
+from rethinker_jax.processes import exchange
 from rethinker_jax.prompts.batch import pack_prompts, unique_images
 from rethinker_jax.prompts.template import ChatTokenizer
 from rethinker_jax.prompts.windows import VisionGeometry, bucket, choose_bucket
@@ -95,7 +98,8 @@ class Call:
         self.num_images = self.num_prefilled = self.read_tokens = self.fed_tokens = 0
         self.slot_steps = self.drain_slot_steps = 0
         table = request_table(asked, self.schedule, self.num_resumed, self._resumed_from())
-        self.device_requests = jax.device_put(table, NamedSharding(sampler.mesh, ROWS))
+        rows_lie = NamedSharding(sampler.mesh, ROWS)
+        self.device_requests = put(table, jax.tree.map(lambda _: rows_lie, table))
         self.fills: list[tuple[int, int, float]] = []
         self.waves: list[slots.Prompts] = []
         self.round = self.wave = -1
@@ -131,7 +135,8 @@ class Call:
             prefilled=kept is not None and bool(kept.waves),
         )
         held = kept.bytes_per_device if kept is not None else 0
-        room = room_for_caches(self.sampler.mesh.local_devices[0], settings.cache_gib, held)
+        # Every process has to plan alike, so the one with the least room decides.
+        room = min(exchange(room_for_caches(self.sampler.mesh.local_devices[0], settings.cache_gib, held)))
         key = needs, settings.cache_gib, held
         if key not in plans:
             try:
@@ -225,6 +230,7 @@ class Call:
             prompts, sampler.geometry, batch_size=rows, rows=places, seq_buckets=(self.prompt_tokens,),
             seq_minimum=self.prompt_tokens, vision_buckets=sampler.buckets.vision,
             vision_minimum=(bucket(max(1, rows // 2), 4), 4), row_multiple=self.shards,
+            shards_here=shards_here(sampler.mesh),
         )  # fmt: skip
         lengths = batch.text.lengths
         self.fills.append(
@@ -287,7 +293,8 @@ class Call:
 
     def look(self) -> list[int]:
         """Numbers of the requests that ended, by themselves or by a stop string."""
-        look = jax.device_get(_look(self.state))
+        peers.at("decode")
+        look = jax.device_get(_look(self.places, self.state))
         steps, begun = look.counts.steps, look.next_request
         if self.last is not None:
             steps, begun = steps - self.last.counts.steps, begun - self.last.next_request
@@ -309,7 +316,7 @@ class Call:
         shard = slot // (self.plan.num_slots // self.shards)
         rows = shard * self.schedule.queue + look.request[slot]
         wanted = np.resize(rows, len(look.request)) if len(rows) else np.zeros(len(look.request), np.int64)
-        host = jax.device_get(_rows_of(self.state.outputs, wanted.astype(np.int32)))
+        host = jax.device_get(_rows_of(self.places, self.state.outputs, wanted.astype(np.int32)))
         stopped = np.zeros(self.schedule.num_rows, bool)
         for place, row in enumerate(rows):
             request = self.asked.requests[self.request_of[row]]
@@ -319,7 +326,10 @@ class Call:
     def copy(self, ended: Sequence[int]) -> Copies:
         blocks = [list(ended[start : start + BLOCK]) for start in range(0, len(ended), BLOCK)]
         rows = [np.resize(self.schedule.row_of[block], BLOCK).astype(np.int32) for block in blocks]
-        return [(block, _rows_of(self.state.outputs, places)) for block, places in zip(blocks, rows, strict=True)]
+        return [
+            (block, _rows_of(self.places, self.state.outputs, of_block))
+            for block, of_block in zip(blocks, rows, strict=True)
+        ]
 
     def read(self, copies: Copies) -> list[tuple[int, Drawn]]:
         found = []
@@ -383,11 +393,12 @@ class _Look(NamedTuple):
     counts: Any
 
 
-@jax.jit
-def _look(state: slots.LoopState) -> _Look:
-    return _Look(state.outputs.finish, state.slots.request, state.slots.emitted, state.next_request, state.counts)
+@functools.partial(jax.jit, static_argnums=0)
+def _look(places: slots.Places, state: slots.LoopState) -> _Look:
+    look = _Look(state.outputs.finish, state.slots.request, state.slots.emitted, state.next_request, state.counts)
+    return places.put_everywhere(look)
 
 
-@jax.jit
-def _rows_of(outputs: slots.Outputs, rows: jax.Array) -> slots.Outputs:
-    return jax.tree.map(lambda array: array[rows], outputs)
+@functools.partial(jax.jit, static_argnums=0)
+def _rows_of(places: slots.Places, outputs: slots.Outputs, rows: jax.Array) -> slots.Outputs:
+    return places.put_everywhere(jax.tree.map(lambda array: array[rows], outputs))

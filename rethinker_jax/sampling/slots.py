@@ -182,6 +182,10 @@ class Places:
     def put_rows(self, tree: Any) -> Any:
         return self._constrain(tree, ROWS)
 
+    def put_everywhere(self, tree: Any) -> Any:
+        """Whole on every device: what the host of each process wants to see."""
+        return self._constrain(tree, PartitionSpec())
+
     def put_caches(self, caches: Any, rows: PartitionSpec = ROWS) -> Any:
         first = rows[0] if len(rows) else None
         return self._constrain(caches, PartitionSpec(first, "tensor") if self.tensor else rows)

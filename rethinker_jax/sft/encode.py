@@ -35,6 +35,7 @@ class RowEncoder:
             self._verbatim = PromptBuilder(
                 builder.tokenizer, builder.image_settings, builder.geometry, "none",
                 max_prompt_tokens=builder.max_prompt_tokens, cache_size=1024,
+                decode_late=builder.decode_late,
             )  # fmt: skip
 
     @functools.cached_property

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rethinker_jax import peers
 from rethinker_jax.config import Config, LossConfig, SftConfig
 from rethinker_jax.console import RunProgress, parameter_line
 from rethinker_jax.devices import start_jax
@@ -20,10 +21,12 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.parts import count_parameters
+from rethinker_jax.processes import exchange, is_mine
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import BadRow
 from rethinker_jax.prompts.order import DataOrder
 from rethinker_jax.report import write_report
+from rethinker_jax.run_data import Bad, agreed
 from rethinker_jax.run_directory import RunDirectory, versions
 from rethinker_jax.sft.conversation import SftRow
 from rethinker_jax.sft.encode import Encoded, RowEncoder
@@ -101,19 +104,21 @@ def fine_tune(config: Config, name: str) -> Path:
                 encoder = RowEncoder(system.builder, config.sft.max_completion_tokens)
                 setup = Setup(config, name, run, system, encoder, split, num_steps)
                 run.start(config)
-                with (
-                    contextlib.closing(CheckpointStore(run.path / "checkpoints", config.run.keep_checkpoints)) as store,
-                    MetricsLog(run.path, store.latest_step or 0) as log,
-                ):
+                kept = config.run.keep_checkpoints
+                store = CheckpointStore(run.path / "checkpoints", kept, manifest=run.manifest(config))
+                with contextlib.closing(store):
                     updater, progress = begin(setup, store, started)
                     _write_samples(setup)
-                    after = run_steps(setup, updater, progress, evaluator, log, store, stop)
+                    with MetricsLog(run.path, progress.step, writes=run.writes) as log:
+                        after = run_steps(setup, updater, progress, evaluator, log, store, stop)
             write_model_directory(
                 system.directory, model, system.model.config, system.merged_params(progress.state.params)
             )
-            run.write_summary(summarize(setup, progress, after, read_metrics(log.path)))
-        report = write_report(run.path)
-        print(f"loss: {run.read_summary()['nll']}\nmodel: {model}\nreport: {report}")
+            if run.writes:
+                run.write_summary(summarize(setup, progress, after, read_metrics(log.path)))
+        if run.writes:
+            report = write_report(run.path)
+            print(f"loss: {run.read_summary()['nll']}\nmodel: {model}\nreport: {report}")
     return run.path
 
 
@@ -162,7 +167,8 @@ def run_steps(
 ) -> dict[str, float] | None:
     """To the last step; batches are made one step ahead. Returns the scores of the evaluation after, if any."""
     config, first, num_steps = setup.config, progress.step, setup.num_steps
-    with RunProgress(num_steps, first, title=setup.name) as shown, ThreadPoolExecutor(1) as ahead:
+    quiet = not setup.run.writes
+    with RunProgress(num_steps, first, title=setup.name, quiet=quiet) as shown, ThreadPoolExecutor(1) as ahead:
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if evaluator is not None and progress.before is None:
             shown.phase("evaluation before")
@@ -171,18 +177,20 @@ def run_steps(
             shown.phase("validation before")
             progress.validated_before = validate(setup, updater, progress.state)
         shown.phase("training")
-        coming: Future[Batch] | None = None
+        coming: Future[Batch | Encodings] | None = None
         said: set[str] = set()
         for step in range(first, num_steps):
             with stop.held():
                 begin = time.monotonic()
-                batch = next_batches(setup, step) if coming is None else coming.result()
-                coming = ahead.submit(next_batches, setup, step + 1) if step + 1 < num_steps else None
+                found_ahead = prepare(setup, step) if coming is None else coming.result()
+                batch = found_ahead if isinstance(found_ahead, Batch) else make_batch(setup, step, found_ahead)
+                coming = ahead.submit(prepare, setup, step + 1) if step + 1 < num_steps else None
                 found = learn(setup, updater, progress, batch)
                 log.write(step, found | {"seconds": time.monotonic() - begin})
                 _say_overlong(setup, shown, step, batch, said)
                 shown.update(step + 1, {"loss": found["nll"]})
-                if (step + 1) % config.run.save_every == 0 or step + 1 == num_steps or stop.asked:
+                stop_asked = stop.agree(exchange(stop.asked))
+                if (step + 1) % config.run.save_every == 0 or step + 1 == num_steps or stop_asked:
                     save(store, progress, setup.split.train)
         if evaluator is None:
             return None
@@ -214,31 +222,57 @@ def save(store: CheckpointStore, progress: Progress, rows: SftRows) -> None:
     store.save(progress.step, Saved(progress.state, {}, meta))
 
 
-def next_batches(setup: Setup, step: int) -> Batch:
-    """The micro-batches of a step. Rows that cannot become a prompt are listed in the run and left out."""
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """Rows of a batch by place, encoded, and why others are not: of several processes, as far as this one knows."""
+
+    rows: tuple[SftRow, ...]
+    encoded: Mapping[int, Encoded]
+    bad: Bad
+
+
+def prepare(setup: Setup, step: int) -> "Batch | Encodings":
+    """The batch of a step; where processes have yet to agree on its rows, what it is made from. In any thread."""
     size = setup.config.sft.batch_size
     last = min((step + 1) * size, setup.num_places or (step + 1) * size)
     numbers = [setup.order[place] for place in range(step * size, last)]
-    made = encode_rows(setup, [setup.split.train.read(number) for number in numbers], step)
+    found = encode(setup, [setup.split.train.read(number) for number in numbers])
+    return found if peers.watched() else make_batch(setup, step, found)
+
+
+def make_batch(setup: Setup, step: int, found: Encodings) -> Batch:
+    """The micro-batches of a step. Rows that cannot become a prompt are listed in the run and left out."""
+    made = usable(setup, step, found)
     kept = [one for one in made if not (one.is_cut and setup.config.sft.overlong == "drop")]
     if not kept:
         why = "each is too long or bad" if made else f"see {setup.run.path / 'bad_rows.jsonl'}"
-        raise UserError(f"step {step}: none of its {len(numbers)} rows can be used; {why}.")
+        raise UserError(f"step {step}: none of its {len(found.rows)} rows can be used; {why}.")
     cut = sum(one.is_cut for one in kept) / len(kept)
     return Batch(pack(setup, [one.row for one in kept]), cut, 1 - len(kept) / len(made))
 
 
-def encode_rows(setup: Setup, rows: Sequence[SftRow], step: int) -> list[Encoded]:
-    """The rows that can be used; the others are listed in the run."""
-    made = []
-    for row in rows:
+def encode(setup: Setup, rows: Sequence[SftRow]) -> Encodings:
+    """Of several processes each decodes the pictures of its share."""
+    encoded: dict[int, Encoded] = {}
+    bad: Bad = {}
+    for place, row in enumerate(rows):
         try:
-            made.append(setup.encoder.encode(row))
+            encoded[place] = setup.encoder.encode(row)
+            if is_mine(place):
+                setup.system.builder.decode(encoded[place].row.prompt)
         except BadPrompt as error:
-            with setup.noting:
-                limit = setup.config.run.max_bad_rows
-                setup.run.note_bad_row(step, row.problem.id, error.kind, str(error), limit)
-    return made
+            bad[place] = error.kind, str(error)
+    return Encodings(tuple(rows), encoded, bad)
+
+
+def usable(setup: Setup, step: int, found: Encodings) -> list[Encoded]:
+    """The rows that can be used; the others are listed in the run. Every process has to ask, in its main thread."""
+    bad = agreed(found.bad)
+    for place, (kind, why) in bad.items():
+        with setup.noting:
+            limit = setup.config.run.max_bad_rows
+            setup.run.note_bad_row(step, found.rows[place].problem.id, kind, why, limit)
+    return [found.encoded[place] for place in range(len(found.rows)) if place not in bad]
 
 
 def pack(setup: Setup, rows: Sequence[TrainRow]) -> tuple[TrainBatch, ...]:
@@ -250,7 +284,7 @@ def pack(setup: Setup, rows: Sequence[TrainRow]) -> tuple[TrainBatch, ...]:
 def validate(setup: Setup, updater: Updater, state: TrainState) -> dict[str, float]:
     """Loss and token accuracy on the validation rows, whose completions are cut as in training."""
     rows, size = setup.split.validation, setup.config.sft.batch_size
-    made = (encode_rows(setup, rows[start : start + size], -1) for start in range(0, len(rows), size))
+    made = (usable(setup, -1, encode(setup, rows[start : start + size])) for start in range(0, len(rows), size))
     batches = (batch for some in made if some for batch in pack(setup, [one.row for one in some]))
     found = measure(updater, state.params, batches)
     if not found:
@@ -269,11 +303,12 @@ def _say_overlong(setup: Setup, shown: RunProgress, step: int, batch: Batch, sai
 
 def _write_samples(setup: Setup) -> None:
     """The first rows of the first step, for the report."""
-    if (setup.run.path / "samples.jsonl").is_file():
+    if any(exchange((setup.run.path / "samples.jsonl").is_file())):
         return
     numbers = [setup.order[place] for place in range(min(NUM_SAMPLES, setup.split.train.count))]
-    made = encode_rows(setup, [setup.split.train.read(number) for number in numbers], 0)
-    write_samples(setup.run.path, setup.system.tokenizer, made)
+    made = usable(setup, 0, encode(setup, [setup.split.train.read(number) for number in numbers]))
+    if setup.run.writes:
+        write_samples(setup.run.path, setup.system.tokenizer, made)
 
 
 def summarize(

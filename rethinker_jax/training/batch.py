@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -68,11 +68,13 @@ def pack_micro_batches(
     micro_tokens: int = 0,
     buckets: BucketsConfig = BY_NEED,
     shards: int = 1,
+    shards_here: Collection[int] | None = None,
 ) -> Packed:
     """Lay out `rows` for the update, in as few micro-batches as have about `micro_tokens` tokens a shard; 0 = in one.
 
     `completion_length` bounds every completion. `num_rows`: what the rows of a single batch are padded to. `shards`:
-    into how many parts the mesh cuts a batch. Raises ValueError for more rows than `num_rows`.
+    into how many parts the mesh cuts a batch; `shards_here`: those whose pixels are wanted, None = all. Raises
+    ValueError for more rows than `num_rows`.
     """
     if len(rows) > num_rows:
         raise ValueError(f"pack_micro_batches wants at most {num_rows} rows, got {len(rows)}")
@@ -100,7 +102,7 @@ def pack_micro_batches(
         two_samplers=any(row.sampler_log_probs is not None for row in rows),
     )
     images = [unique_images(prompts_of(rows, numbers))[0] for numbers in members]
-    visions = _pack_visions(images, geometry, buckets.vision, shards)
+    visions = _pack_visions(images, geometry, buckets.vision, shards, shards_here)
     batches = tuple(
         lay_out(rows, numbers, cells[place * shards :][:shards], packed[place * shards :][:shards], vision, shape)
         for place, (numbers, vision) in enumerate(zip(members, visions, strict=True))
@@ -153,13 +155,19 @@ def _prefix_tokens(packed: Sequence[Sequence[PackedRow]], buckets: BucketsConfig
 
 
 def _pack_visions(
-    images: Sequence[Sequence[ImagePatches]], geometry: VisionGeometry, buckets: Sequence[tuple[int, int]], shards: int
+    images: Sequence[Sequence[ImagePatches]],
+    geometry: VisionGeometry,
+    buckets: Sequence[tuple[int, int]],
+    shards: int,
+    shards_here: Collection[int] | None,
 ) -> Sequence[VisionBatch | None]:
     """The images of every batch, in one shape; None for all where there are none."""
     minimum = (1, 4)
     while True:
         visions = [
-            pack_images(some, geometry, buckets, row_multiple=shards, minimum=minimum) if some else None
+            pack_images(some, geometry, buckets, row_multiple=shards, minimum=minimum, shards_here=shards_here)
+            if some
+            else None
             for some in images
         ]
         found = [vision for vision in visions if vision is not None]

@@ -7,12 +7,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.gather import take_rows
-from rethinker_jax.models.qwen25vl import Model, Params
+from rethinker_jax.models.qwen25vl import Model, Params, head_dims
+from rethinker_jax.models.sharding import ROWS, TRAINING_RULES, row_shards, spec_for
 from rethinker_jax.training.layout import PackedText, TrainBatch
 
 CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once on a shard
@@ -76,9 +78,42 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. Each shard works on its own part of every chunk, and the
-    backward pass recomputes chunks, but for a single one. Without its gradient the entropy costs nothing there.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. Where the mesh cuts rows, each part works on its own
+    tokens with a whole head, which is gathered once, and the head's gradient crosses parts once: XLA left alone gathers
+    the head, and sums its gradient, in every chunk. Without its gradient the entropy costs nothing backwards.
     """
+    head = {"text": {key: params["text"][key] for key in ("norm", "head", "embedding") if key in params["text"]}}
+    if "head" in head["text"]:
+        del head["text"]["embedding"]
+    mesh = model.mesh
+    if mesh is None or row_shards(mesh) == 1 or hidden.shape[0] % row_shards(mesh):
+        return _chunked_log_probs(model, head, hidden, targets, with_entropy_gradient)
+    dims = head_dims(model.config)
+    rules = {dim: axis for dim, axis in TRAINING_RULES.items() if axis == "fsdp"}  # `tensor` stays XLA's business
+    specs = jax.tree.map(lambda leaf, words: spec_for(words, leaf.shape, mesh, rules), head, dims)
+
+    def own_rows(head: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = jax.tree.map(_gather, head, specs)
+        return _chunked_log_probs(model, whole, hidden, targets, with_entropy_gradient)
+
+    shards = jax.shard_map(
+        own_rows, mesh=mesh, in_specs=(specs, ROWS, ROWS), out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
+    )
+    return shards(head, hidden, targets)
+
+
+def _gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """All parts of an array that is cut over `fsdp`; backwards, each part gets the sum of what is its own."""
+    for axis, name in enumerate(spec):
+        if name == "fsdp":
+            leaf = jax.lax.all_gather(leaf, name, axis=axis, tiled=True)
+    return leaf
+
+
+def _chunked_log_probs(
+    model: Model, head: Params, hidden: jax.Array, targets: jax.Array, with_entropy_gradient: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`token_log_probs` with a head that is all there. The backward pass recomputes chunks, but for a single one."""
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
     chunk = -(-length // num_chunks)
@@ -86,10 +121,10 @@ def token_log_probs(
     hidden = jnp.pad(hidden, ((0, 0), padding, (0, 0))).reshape(shards, num_chunks, chunk, d_model)
     targets = jnp.pad(targets, ((0, 0), padding)).reshape(shards, num_chunks, chunk)
 
-    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one_chunk(head: Params, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # Shards flattened into rows: XLA's CPU backend takes twice as long for the head's gradient otherwise, and for
         # the entropy ten times.
-        logits = model.logits(params, inputs[0].reshape(-1, d_model))
+        logits = model.logits(head, inputs[0].reshape(-1, d_model))
         log_z = jax.nn.logsumexp(logits, axis=-1)
         drawn = jnp.take_along_axis(logits, inputs[1].reshape(-1, 1), axis=-1)[:, 0]
         scores, total = (logits, log_z) if with_entropy_gradient else jax.lax.stop_gradient((logits, log_z))
@@ -98,9 +133,16 @@ def token_log_probs(
         return found[0].reshape(shards, chunk), found[1].reshape(shards, chunk)
 
     if num_chunks == 1:  # the backward pass would begin with recomputing it: nothing saved
-        log_probs, entropy = one_chunk((hidden[:, 0], targets[:, 0]))
-    else:
-        chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
-        found = jax.lax.map(jax.checkpoint(one_chunk), chunks)
-        log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1) for x in found)
+        log_probs, entropy = one_chunk(head, (hidden[:, 0], targets[:, 0]))
+        return log_probs[:, :length], entropy[:, :length]
+
+    # The head's gradient is summed over the chunks in the dtype that it comes in here: in float32.
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head)
+
+    def narrow_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return one_chunk(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, head), inputs)
+
+    chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+    found = jax.lax.map(jax.checkpoint(narrow_chunk), chunks)
+    log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1) for x in found)
     return log_probs[:, :length], entropy[:, :length]

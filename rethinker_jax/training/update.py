@@ -16,7 +16,7 @@ from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.parts import join_params, split_params
 from rethinker_jax.models.precision import cast_params
 from rethinker_jax.models.qwen25vl import Model, Params
-from rethinker_jax.models.sharding import place_rows, row_shardings
+from rethinker_jax.models.sharding import place_rows, put, row_shardings
 from rethinker_jax.training.layout import TrainBatch
 from rethinker_jax.training.log_probs import completion_log_probs
 from rethinker_jax.training.losses import POLICY_LOSSES, PolicyLoss, kl_estimate, token_weights, truncated_importance
@@ -86,6 +86,7 @@ class Updater:
         self.compiled_step = jax.jit(
             functools.partial(update_step, rule), donate_argnums=0, out_shardings=(self._places, whole)
         )
+        self._log_probs = jax.jit(lambda params, batch: _row_log_probs(rule, params, batch)[0], out_shardings=whole)
 
     def init(self, params: Params) -> TrainState:
         """The state before the first step; takes over `params`."""
@@ -93,7 +94,8 @@ class Updater:
         opt_state = jax.jit(self._init_optimizer, out_shardings=self._places.opt_state)(params)
         average = split_params(params, self.rule.freeze)[0] if self.rule.average else {}
         average = jax.tree.map(jnp.copy, average)  # the step takes over both
-        return TrainState(params, opt_state, *jax.device_put((zero, zero), self._places.num_updates), average)
+        counts = put((zero, zero), (self._places.num_updates, self._places.num_skipped))
+        return TrainState(params, opt_state, *counts, average)
 
     def shapes(self, params: Params) -> TrainState:
         """What `init` would make of parameters like `params`, as shapes with their places: for a restore."""
@@ -124,20 +126,39 @@ class Updater:
         `kl_coefficient` is that of `loss.kl: loss`, where a controller moves it; None = the config's.
         """
         config = self.rule.loss
-        stacked = stack_batches(batches)
-        batch = jax.device_put(stacked, batch_shardings(stacked, self.mesh))
+        batch = place_batches(batches, self.mesh)
         reference = {} if config.kl == "reward" else self.reference  # the KL is in the advantages already
         coefficient = config.kl_coefficient if kl_coefficient is None else kl_coefficient
         return self.compiled_step(state, batch, reference, np.float32(coefficient))
 
     def log_probs(self, params: Params, batch: TrainBatch) -> jax.Array:
-        """Log-probs of the completions of `batch` under `params`, float32 [rows, length], without gradients."""
-        return _log_probs(self.rule, params, place_rows(batch, self.mesh, 0, {"positions": 1}))
+        """Log-probs of the completions of `batch` under `params`, float32 [rows, length], without gradients.
+
+        Every process has all of them.
+        """
+        return self._log_probs(params, place_rows(batch, self.mesh, 0, {"positions": 1}))
 
 
 def stack_batches(batches: Sequence[TrainBatch]) -> TrainBatch:
     """Micro-batches of one shape as one, behind an axis of their own."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def place_batches(batches: Sequence[TrainBatch], mesh: Mesh) -> TrainBatch:
+    """Micro-batches of one shape on the mesh, stacked; of several processes each stacks what its own devices see."""
+    if jax.process_count() == 1:
+        stacked = stack_batches(batches)
+        return jax.device_put(stacked, batch_shardings(stacked, mesh))
+
+    def place(sharding: NamedSharding, *leaves: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "an array of several dimensions has an index for each"
+            return np.stack([leaf[index[1:]] for leaf in leaves[index[0]]])
+
+        return jax.make_array_from_callback((len(leaves), *leaves[0].shape), sharding, piece)
+
+    stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(batches), *leaf.shape)), batches[0])  # for shapes
+    return jax.tree.map(place, batch_shardings(stacked, mesh), *batches)
 
 
 def batch_shardings(stacked: TrainBatch, mesh: Mesh) -> Any:
@@ -155,11 +176,6 @@ def _copy_of(params: Params, dtype: Any) -> Params:
 def _row_log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Array, jax.Array]:
     learns_entropy = rule.loss.entropy_coefficient != 0
     return completion_log_probs(rule.model, adapt_params(params, rule.dtype), batch, learns_entropy)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_probs(rule: UpdateRule, params: Params, batch: TrainBatch) -> jax.Array:
-    return _row_log_probs(rule, params, batch)[0]
 
 
 def _loss(
