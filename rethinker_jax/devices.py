@@ -109,13 +109,14 @@ def _join_job(config: Config) -> None:
 
     Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; else what srun and mpirun set for more
     than one process, and on TPU hosts what the machine's metadata say. Raises UserError, within
-    RETHINKER_JOIN_TIMEOUT_S seconds, where a process is missing or does not belong to the job.
+    RETHINKER_JOIN_TIMEOUT_S seconds (300), where a process is missing or does not belong to the job. A job that has not
+    moved for RETHINKER_STALL_TIMEOUT_S (3600: compiling a large program takes minutes) is ended.
     """
     found = _job_of_environment() or _job_of_launcher()
     if found is None:
         return
     address, count, index = found
-    timeout_s = _join_timeout()
+    timeout_s, stall_s = _seconds("RETHINKER_JOIN_TIMEOUT_S", 300), _seconds("RETHINKER_STALL_TIMEOUT_S", 3600)
     call_the_roll(address, index, count, _program(config), timeout_s)
     # The signals are ours, and our watch is quicker than jax's heartbeat and says more.
     jax.config.update("jax_enable_preemption_service", False)
@@ -125,7 +126,7 @@ def _join_job(config: Config) -> None:
     )
     board = distributed.global_state.client
     assert board is not None, "jax.distributed was initialized"
-    peers.watch(board, index, count)
+    peers.watch(board, index, count, address, stall_s)
 
 
 def _job_of_environment() -> tuple[str, int, int] | None:
@@ -164,14 +165,14 @@ def _job_of_launcher() -> tuple[str, int, int] | None:
     return address, count, index
 
 
-def _join_timeout() -> float:
-    said = os.environ.get("RETHINKER_JOIN_TIMEOUT_S", "300")
+def _seconds(name: str, default: float) -> float:
+    said = os.environ.get(name, str(default))
     try:
         seconds = float(said)
     except ValueError:
         seconds = 0.0
     if not seconds > 0:
-        raise UserError(f"RETHINKER_JOIN_TIMEOUT_S={said}: wanted a number of seconds above 0")
+        raise UserError(f"{name}={said}: wanted a number of seconds above 0")
     return seconds
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rethinker_jax import health, replay, validation
+from rethinker_jax import health, peers, replay, validation
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
 from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
@@ -210,6 +210,7 @@ def train_step(
 ) -> tuple[dict[str, float], list[Group]]:
     """One step: rollout batches, mostly one, and optimizer steps. Changes `progress`; returns metrics and rollouts."""
     begin_time, compiled = time.monotonic(), CompileCounter()
+    peers.at(f"step {progress.step}")
     update = int(jax.device_get(progress.state.num_updates))
 
     # prompt, rollout, verify, advantage
@@ -263,6 +264,7 @@ def learn(
     found, work, begin_time = [], UpdateWork(), time.monotonic()
     drawn_at, rollout = int(jax.device_get(progress.state.num_updates)), replay.joined(batches)
     for number, raw in enumerate(batches):
+        peers.at("update")
         update = int(jax.device_get(progress.state.num_updates))
         epsilon, name = config.advantage.epsilon, (config.run.seed, update)
         chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, rollout, drawn_at)
@@ -302,6 +304,7 @@ def save(
     store: CheckpointStore, progress: Progress, splits: Splits, measured: Mapping[str, float] | None = None
 ) -> None:
     """Begin to write a checkpoint; `measured` is what its weights reach on the validation rows."""
+    peers.at("checkpoint")
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     meta |= {"kl_coefficient": progress.kl_coefficient, "cursor": progress.cursor}
     if splits.validation:

@@ -5,10 +5,12 @@ each process leaves signs of life with the job's coordinator, every second, and 
 Nothing here imports jax: `devices` brings the coordinator's client when the process has joined a job.
 """
 
+import ctypes
 import dataclasses
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -20,8 +22,8 @@ RUN_AGAIN = 75  # exit code: the same command goes on from the last checkpoint
 PERIOD_S = 1.0  # between looks; longer in a large job, whose signs all pass through process 0
 FEW = 32  # processes: more of them look more seldom
 SILENT_S = 30.0  # a process of which nothing was heard for so long is taken for dead or frozen
-STALL_S = 3600.0  # a process whose work has not moved for so long hangs; compiling a large program takes minutes
 ROOT = "rethinker_jax"
+AGAIN = "the same command in all of them goes on from the last checkpoint"
 
 
 @runtime_checkable
@@ -57,7 +59,7 @@ class Ending:
 class Peers:
     """The watch of one process over a job of several. `work` and `place` say where its main thread is."""
 
-    def __init__(self, board: Board, index: int, count: int, silent_s: float = SILENT_S, stall_s: float = STALL_S):
+    def __init__(self, board: Board, index: int, count: int, silent_s: float, stall_s: float):
         self.index, self.count = index, count
         self.work, self.place = 0, "starting"
         self._board, self._silent_s, self._stall_s = board, silent_s, stall_s
@@ -66,11 +68,11 @@ class Peers:
         self._signs: dict[int, Sign] = {}
         self._heard_at = time.monotonic()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def start(self) -> None:
         self._beat(0)
-        self._thread.start()
+        for work in (self._watch, self._guard):
+            threading.Thread(target=work, name="peers", daemon=True).start()
 
     def leave(self, code: int, message: str) -> None:
         """Tell the others that this process ends early, and give them time to hear it: process 0 keeps the board."""
@@ -119,12 +121,22 @@ class Peers:
                 self._beat(beat)
                 found = dict(self._board.key_value_dir_get(ROOT))
                 self._heard_at = time.monotonic()
-            except RuntimeError as error:
-                if time.monotonic() - self._heard_at > min(5.0, self._silent_s) and not self._over.is_set():
-                    said = str(error).partition("\n")[0]
-                    self._end(RUN_AGAIN, f"process 0, which keeps the job together, no longer answers ({said})")
-                continue
+            except RuntimeError:
+                continue  # the guard ends a board that stays silent
             self._judge(found)
+
+    def _guard(self) -> None:
+        """Beside the watch, which may wait for an answer of the board for ever."""
+        while not self._over.wait(self._period_s):
+            if time.monotonic() - self._heard_at > self._silent_s:
+                self.board_lost(f"has not answered for {self._silent_s:.0f} s")
+
+    def board_lost(self, how: str) -> NoReturn:
+        """End this process, for the board has gone or is frozen with the process that keeps it."""
+        self._over.set()
+        who = f"process 0 of {self.count}, which keeps the job together, {how}"
+        print(f"{who}: it was killed, is frozen, or its host is gone; {AGAIN}", file=sys.stderr, flush=True)
+        os._exit(RUN_AGAIN)
 
     def _beat(self, beat: int) -> None:
         self._note("beat", {"host": self._host, "beat": beat, "work": self.work, "place": self.place})
@@ -167,9 +179,7 @@ class Peers:
 
     def _end(self, code: int, why: str, told: bool = False) -> NoReturn:
         """End this process at once: its main thread may be in a collective that never returns."""
-        again = (
-            "" if code != RUN_AGAIN or told else "; the same command in all of them goes on from the last checkpoint"
-        )
+        again = "" if code != RUN_AGAIN or told else f"; {AGAIN}"
         print(f"{why}{again}", file=sys.stderr, flush=True)
         self.leave(code, why)
         os._exit(code)
@@ -183,11 +193,35 @@ def _notes(found: Mapping[str, str], kind: str) -> dict[int, dict[str, Any]]:
 _peers: list[Peers] = []  # of this process: none, or one
 
 
-def watch(board: Board, index: int, count: int) -> None:
-    """Begin to watch; once a process."""
-    peers = Peers(board, index, count)
+def watch(board: Board, index: int, count: int, address: str, stall_s: float) -> None:
+    """Begin to watch; once a process. address: HOST:PORT of the board."""
+    peers = Peers(board, index, count, SILENT_S, stall_s)
     peers.start()
     _peers.append(peers)
+    host, _, port = address.rpartition(":")
+    _soften_abort(peers, host, int(port))
+
+
+def _soften_abort(peers: Peers, host: str, port: int) -> None:
+    """jax's library aborts this process, with a stack, as soon as the coordinator is lost, and cannot be told not to.
+
+    So an abort is looked at first: where the coordinator no longer listens, it becomes what it is. Any other abort goes
+    its way. The handler is one of C, because Python's would wait for the main thread.
+    """
+
+    def handle(_: int) -> None:
+        _LIBC.alarm(20)  # whatever happens here, the process ends
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            peers.board_lost("has gone")
+
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))
+    _LIBC.signal(signal.SIGABRT, _handlers[-1])
+
+
+_LIBC = ctypes.CDLL(None)
+_handlers: list[Any] = []  # what C calls has to stay
 
 
 def watched() -> bool:

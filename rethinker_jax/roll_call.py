@@ -43,7 +43,8 @@ def _listen(port: int, address: str, own: Mapping[str, Any], deadline: float, ti
             f"process 0 cannot listen at {address} ({error.strerror}). Name an address of this host with a port that "
             "is free; another job may be using it."
         ) from error
-    callers: dict[int, tuple[socket.socket, str]] = {}
+    callers: list[socket.socket] = []
+    seen: dict[int, str] = {}  # their numbers and hosts
     trouble = ""
     with server:
         while len(callers) < count - 1 and not trouble:
@@ -51,7 +52,7 @@ def _listen(port: int, address: str, own: Mapping[str, Any], deadline: float, ti
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = ", ".join(str(number) for number in range(1, count) if number not in callers)
+                missing = ", ".join(str(number) for number in range(1, count) if number not in seen)
                 trouble = (
                     f"waited {timeout_s:.0f} s at {address} for {count} processes; missing: {missing}. Start them all "
                     "with the same address and number of processes, or set JAX_NUM_PROCESSES to how many there are."
@@ -62,9 +63,10 @@ def _listen(port: int, address: str, own: Mapping[str, Any], deadline: float, ti
             if hello is None:
                 connection.close()
                 continue
-            trouble = _difference(own, hello, {number: host for number, (_, host) in callers.items()})
-            callers[hello["index"]] = (connection, hello["host"])
-    for connection, _ in callers.values():
+            trouble = _difference(own, hello, seen)
+            seen[hello["index"]] = hello["host"]
+            callers.append(connection)
+    for connection in callers:
         with connection:
             _write(connection, {"error": trouble})
     if trouble:

@@ -176,8 +176,11 @@ class RunDirectory:
         }
 
     def _image(self, image: bytes | str) -> str:
-        """Keep an image once, under the hash of its bytes; returns its file name."""
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        """Keep an image once, under the hash of its bytes; returns its file name, "" where its file is gone by now."""
+        try:
+            data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        except OSError:
+            return ""
         kind = {b"\x89PNG": "png", b"\xff\xd8\xff\xe0": "jpg", b"RIFF": "webp", b"GIF8": "gif"}.get(data[:4], "jpg")
         name = f"{hashlib.sha256(data).hexdigest()}.{kind}"
         path = self.path / "rollouts" / "images" / name

@@ -125,12 +125,15 @@ def run_on_a_mesh(config: QwenConfig) -> dict[str, Any]:
     batch = make_batch(config)
     run = jax.jit(model_gradients, static_argnums=(0, 1))
     splash = define_model(config, remat="full", attention=Attention("splash", mesh, interpret=True))
-    found = run(splash, jnp.float32, drawn, *jax.device_put(batch, NamedSharding(mesh, PartitionSpec())))
+    cudnn = define_model(config, remat="full", attention=Attention("cudnn", mesh, interpret=True))
+    placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
+    found, by_cudnn = (run(model, jnp.float32, drawn, *placed) for model in (splash, cudnn))
     wanted = run(define_model(config), jnp.float32, alone, *batch)
     specs = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, drawn, shardings)
     return {
         "kernel": {name: kernel_errors(*case) for name, case in CASES.items()},
         "model": error(found, wanted),
+        "model by cudnn": error(by_cudnn, wanted),
         "init": error(drawn, alone),
         "in their places": all(jax.tree.leaves(specs)),
     }

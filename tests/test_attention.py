@@ -203,6 +203,11 @@ def test_splash_on_a_mesh(on_a_mesh: dict[str, Any]) -> None:
     assert on_a_mesh["model"] < 1e-4
 
 
+def test_cudnn_on_a_mesh(on_a_mesh: dict[str, Any]) -> None:
+    """The same for what cuDNN's kernel is given; left alone, jax refuses queries that lie otherwise than their keys."""
+    assert on_a_mesh["model by cudnn"] < 1e-4
+
+
 def test_random_weights_are_the_same_in_pieces(on_a_mesh: dict[str, Any]) -> None:
     """Catches draws that hang on the number of devices, and weights that lie whole on each at first."""
     assert on_a_mesh["init"] < 1e-6 and on_a_mesh["in their places"]

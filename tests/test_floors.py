@@ -7,12 +7,13 @@ import rethinker_jax
 
 ROOT = Path(rethinker_jax.__file__).parent
 FLOORS = (
-    {"__init__", "types", "config", "errors", "options", "output_files"}
-    | {"config_curation", "config_numbers", "config_rewards"}
-    | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping", "request", "json_lines"},
+    {"__init__", "types", "config", "errors", "options", "output_files", "peers", "roll_call"}
+    | {"config_curation", "config_health", "config_numbers", "config_rewards"}
+    | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping", "request", "json_lines"}
+    | {"terminal"},
     {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
-    | {"chat_server", "console", "curation", "metrics"},
-    {"devices", "models"},
+    | {"chat_server", "console", "curation", "health", "metrics"},
+    {"devices", "models", "processes"},
     {"sampling", "training"},
     {
         "system",
@@ -30,9 +31,10 @@ FLOORS = (
         "sample",
         "distill",
         "export",
+        "planning",
     },
     {"loop", "pipeline"},
-    {"commands", "commands_evaluate", "main"},
+    {"commands", "commands_evaluate", "commands_plan", "main"},
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 JAX = ("jax", "flax", "optax", "orbax")

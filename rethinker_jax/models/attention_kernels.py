@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.attention import Mask, Prefix, attend
 from rethinker_jax.models.qwen_config import QwenConfig
-from rethinker_jax.models.splash import attend_splash
+from rethinker_jax.models.splash import attend_splash, partition
 
 WHOLE = 2**18  # scores of a head and row that are held at once, 1 MiB; more go in blocks of queries
 BLOCK = 128  # queries
@@ -37,8 +37,8 @@ Name = Literal["plain", "cudnn", "splash"]
 class Attention:
     """One implementation. Hashable, a part of `Model`.
 
-    mesh: where XLA cannot cut a kernel into shards by itself (splash), the mesh over which we do; None = one device.
-    interpret: run the splash kernel as ordinary operations, where there is no TPU.
+    mesh: XLA cannot cut a kernel into shards by itself; the mesh over which we do; None = one device.
+    interpret: run the kernel as ordinary operations, where its hardware is not there.
     """
 
     name: Name = "plain"
@@ -55,10 +55,8 @@ class Attention:
     ) -> Float[Array, "*rows seq heads head_dim"]:
         """Attention inside the rows by `mask`, and to the keys of a `prefix`, under one softmax."""
         seq = query.shape[-3]
-        if self.name == "cudnn" and prefix is not None:
-            context = attend_cudnn_behind(query, key, value, mask, prefix)
-        elif self.name == "cudnn":
-            context = attend_cudnn(query, key, value, mask)
+        if self.name == "cudnn":
+            context = self._by_cudnn(query, key, value, mask, prefix)
         elif self.name == "splash" and (mask.causal or mask.segments is not None or prefix is not None):
             context = attend_splash(query, key, value, mask, prefix, self.mesh, self.interpret)
         elif prefix is not None:
@@ -68,6 +66,41 @@ class Attention:
         # Padding gets nothing and, in the backward pass, gives nothing.
         return jnp.where(mask.real(seq)[..., None, None], context, 0)
 
+    def _by_cudnn(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, prefix: Prefix | None
+    ) -> jax.Array:
+        """Rows over `data` and `fsdp`, heads over `tensor`, where these divide them; jax cuts the call in no other way
+        than queries, keys and values lie, and those may lie differently."""
+        way: Literal["cudnn", "xla"] = "xla" if self.interpret else "cudnn"
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, prefix: Prefix | None) -> jax.Array:
+            if prefix is None:
+                return attend_cudnn(query, key, value, mask, way)
+            return attend_cudnn_behind(query, key, value, mask, prefix, way)
+
+        if self.mesh is None:
+            return run(query, key, value, mask, prefix)
+        spec, copies = partition(query.shape[0], query.shape[-2], key.shape[-2], self.mesh)
+
+        def repeated(x: jax.Array) -> jax.Array:
+            return jnp.repeat(x, copies, axis=-2) if copies > 1 else x
+
+        key, value = repeated(key), repeated(value)
+        by_row = PartitionSpec(spec[0])
+        by_head = PartitionSpec(spec[0], *[None] * (query.ndim - 3), spec[1])
+        of_prefix = None
+        if prefix is not None:
+            prefix = dataclasses.replace(prefix, key=repeated(prefix.key), value=repeated(prefix.value))
+            of_prefix = Prefix(by_head, by_head, by_row, by_row)
+        shards = jax.shard_map(
+            run,
+            mesh=self.mesh,
+            in_specs=(by_head, by_head, by_head, jax.tree.map(lambda _: by_row, mask), of_prefix),
+            out_specs=by_head,
+            check_vma=False,
+        )
+        return shards(query, key, value, mask, prefix)
+
 
 PLAIN = Attention()
 
@@ -76,7 +109,7 @@ def choose_attention(asked: str, config: QwenConfig, dtype: Any, mesh: Mesh) -> 
     """What `model.attention` asks for, on the devices of `mesh`. Raises UserError for a kernel that cannot be used."""
     head_dims = config.head_dim, config.vision.head_dim
     name = choose_name(asked, _platform(mesh.devices.flat[0]), dtype, head_dims)
-    return Attention(name, mesh if name == "splash" else None)
+    return Attention(name, None if name == "plain" or mesh.size == 1 else mesh)
 
 
 def _platform(device: jax.Device) -> str:

@@ -86,7 +86,7 @@ def attend_splash(
     Sequences are padded to whole tiles and heads to whole lanes. `interpret`: as ordinary operations, without a TPU.
     """
     rows, seq, heads, head_dim = query.shape
-    spec, copies = _partition(rows, heads, key.shape[2], mesh)
+    spec, copies = partition(rows, heads, key.shape[2], mesh)
 
     def lay_out(x: jax.Array, copies: int = 1) -> jax.Array:
         """[rows, heads, padded, lanes]"""
@@ -198,7 +198,7 @@ def _tile(padded: int) -> int:
     return next(block for block in BLOCKS if padded % block == 0)
 
 
-def _partition(rows: int, heads: int, kv_heads: int, mesh: Mesh | None) -> tuple[PartitionSpec, int]:
+def partition(rows: int, heads: int, kv_heads: int, mesh: Mesh | None) -> tuple[PartitionSpec, int]:
     """(partition of [rows, heads, ...], copies of each kv head).
 
     What its axes do not divide lies whole. Where `tensor` is larger than the number of kv heads, these are copied.

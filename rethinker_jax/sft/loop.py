@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rethinker_jax import peers
+from rethinker_jax import health, peers
 from rethinker_jax.config import Config, LossConfig, SftConfig
 from rethinker_jax.console import RunProgress, parameter_line
 from rethinker_jax.devices import start_jax
@@ -179,6 +179,7 @@ def run_steps(
         shown.phase("training")
         coming: Future[Batch | Encodings] | None = None
         said: set[str] = set()
+        watch, due = health.Watch(config, log.path, first), False
         for step in range(first, num_steps):
             with stop.held():
                 begin = time.monotonic()
@@ -186,12 +187,18 @@ def run_steps(
                 batch = found_ahead if isinstance(found_ahead, Batch) else make_batch(setup, step, found_ahead)
                 coming = ahead.submit(prepare, setup, step + 1) if step + 1 < num_steps else None
                 found = learn(setup, updater, progress, batch)
-                log.write(step, found | {"seconds": time.monotonic() - begin})
+                ringing, lines = watch.look(step, found)
+                for line in lines:
+                    shown.note(line)
+                log.write(step, found | ringing | {"seconds": time.monotonic() - begin})
+                watch.refuse(store.directory, store.latest_step)
                 _say_overlong(setup, shown, step, batch, said)
                 shown.update(step + 1, {"loss": found["nll"]})
                 stop_asked = stop.agree(exchange(stop.asked))
-                if (step + 1) % config.run.save_every == 0 or step + 1 == num_steps or stop_asked:
+                due = due or (step + 1) % config.run.save_every == 0
+                if (due and not watch.is_suspect) or step + 1 == num_steps or stop_asked:
                     save(store, progress, setup.split.train)
+                    due = False
         if evaluator is None:
             return None
         shown.phase("evaluation after")
@@ -201,9 +208,11 @@ def run_steps(
 def learn(setup: Setup, updater: Updater, progress: Progress, batch: Batch) -> dict[str, float]:
     """One optimizer step, and the validation where it is due. Changes `progress`; returns metrics."""
     sft = setup.config.sft
+    peers.at("update")
     progress.state, metrics = updater.step(progress.state, batch.micro_batches)
     progress.step += 1
-    found = {key: float(metrics[key]) for key in ("nll", "gradient_norm")} | {"cut_share": batch.cut_share}
+    found = {key: float(metrics[key]) for key in ("nll", "gradient_norm", "skipped_update")}
+    found |= {"cut_share": batch.cut_share, "skipped_updates": int(jax.device_get(progress.state.num_skipped))}
     if sft.overlong == "drop":
         found["dropped_share"] = batch.dropped_share
     if setup.split.validation and (progress.step % sft.validate_every == 0 or progress.step == setup.num_steps):

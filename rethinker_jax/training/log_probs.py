@@ -4,6 +4,7 @@ No [rows, length, vocab] array exists, and no prompt is run twice.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,42 +79,69 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. Where the mesh cuts rows, each part works on its own
-    tokens with a whole head, which is gathered once, and the head's gradient crosses parts once: XLA left alone gathers
-    the head, and sums its gradient, in every chunk. Without its gradient the entropy costs nothing backwards.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. On a mesh each part works on its own rows and, over
+    `tensor`, its own words; the head is gathered over `fsdp` once, and its gradient crosses once. Left to XLA, both
+    would happen in every chunk. Without its gradient the entropy costs nothing backwards.
     """
     head = {"text": {key: params["text"][key] for key in ("norm", "head", "embedding") if key in params["text"]}}
     if "head" in head["text"]:
         del head["text"]["embedding"]
+    # In float32, so that the head's gradient is summed over chunks and parts before it is rounded.
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, head)
     mesh = model.mesh
-    if mesh is None or row_shards(mesh) == 1 or hidden.shape[0] % row_shards(mesh):
-        return _chunked_log_probs(model, head, hidden, targets, with_entropy_gradient)
-    dims = head_dims(model.config)
-    rules = {dim: axis for dim, axis in TRAINING_RULES.items() if axis == "fsdp"}  # `tensor` stays XLA's business
-    specs = jax.tree.map(lambda leaf, words: spec_for(words, leaf.shape, mesh, rules), head, dims)
-
-    def own_rows(head: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = jax.tree.map(_gather, head, specs)
-        return _chunked_log_probs(model, whole, hidden, targets, with_entropy_gradient)
-
-    shards = jax.shard_map(
-        own_rows, mesh=mesh, in_specs=(specs, ROWS, ROWS), out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
+    if mesh is None or mesh.size == 1 or hidden.shape[0] % row_shards(mesh):
+        return _chunked_log_probs(model, wide, dtypes, hidden, targets, with_entropy_gradient)
+    specs = jax.tree.map(
+        lambda leaf, words: spec_for(words, leaf.shape, mesh, TRAINING_RULES), head, head_dims(model.config)
     )
-    return shards(head, hidden, targets)
+    over = "tensor" if any("tensor" in spec for spec in jax.tree.leaves(specs)) else None
+
+    def own_part(head: Params, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = jax.tree.map(_whole, head, dtypes, specs)
+        return _chunked_log_probs(model, whole, dtypes, hidden, targets, with_entropy_gradient, over)
+
+    parts = jax.shard_map(own_part, mesh=mesh, in_specs=(specs, ROWS, ROWS), out_specs=ROWS, check_vma=False)
+    return parts(wide, hidden, targets)
 
 
-def _gather(leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """All parts of an array that is cut over `fsdp`; backwards, each part gets the sum of what is its own."""
+def _whole(leaf: jax.Array, dtype: Any, spec: PartitionSpec) -> jax.Array:
+    """All parts of an array that is cut over `fsdp` by `spec`."""
     for axis, name in enumerate(spec):
         if name == "fsdp":
-            leaf = jax.lax.all_gather(leaf, name, axis=axis, tiled=True)
+            leaf = _gather(leaf, axis, dtype)
     return leaf
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """The parts travel in `dtype`; backwards, each part gets the sum of what is its own, in float32."""
+    return jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=axis, tiled=True).astype(jnp.float32)
+
+
+def _gather_forward(leaf: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(leaf, axis, dtype), None
+
+
+def _gather_backward(axis: int, _: Any, residuals: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
 def _chunked_log_probs(
-    model: Model, head: Params, hidden: jax.Array, targets: jax.Array, with_entropy_gradient: bool
+    model: Model,
+    wide: Params,
+    dtypes: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    with_entropy_gradient: bool,
+    over: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_log_probs` with a head that is all there. The backward pass recomputes chunks, but for a single one."""
+    """`token_log_probs` of one part, with a head in float32 that is used in `dtypes`; `over`: the axis that cuts its
+    vocabulary. The backward pass recomputes chunks, but for a single one.
+    """
     shards, length, d_model = hidden.shape
     num_chunks = max(1, -(-length * model.config.vocab * 4 // CHUNK_BYTES))
     chunk = -(-length // num_chunks)
@@ -121,28 +149,46 @@ def _chunked_log_probs(
     hidden = jnp.pad(hidden, ((0, 0), padding, (0, 0))).reshape(shards, num_chunks, chunk, d_model)
     targets = jnp.pad(targets, ((0, 0), padding)).reshape(shards, num_chunks, chunk)
 
-    def one_chunk(head: Params, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        head = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), wide, dtypes)
         # Shards flattened into rows: XLA's CPU backend takes twice as long for the head's gradient otherwise, and for
         # the entropy ten times.
         logits = model.logits(head, inputs[0].reshape(-1, d_model))
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        drawn = jnp.take_along_axis(logits, inputs[1].reshape(-1, 1), axis=-1)[:, 0]
+        log_z = _log_sum(logits, over)
+        drawn = _pick(logits, inputs[1].reshape(-1), over)
         scores, total = (logits, log_z) if with_entropy_gradient else jax.lax.stop_gradient((logits, log_z))
         below = scores - total[:, None]
-        found = drawn - log_z, -jnp.sum(jnp.exp(below) * below, axis=-1)
-        return found[0].reshape(shards, chunk), found[1].reshape(shards, chunk)
+        entropy = -_sum(jnp.sum(jnp.exp(below) * below, axis=-1), over)
+        return (drawn - log_z).reshape(shards, chunk), entropy.reshape(shards, chunk)
 
     if num_chunks == 1:  # the backward pass would begin with recomputing it: nothing saved
-        log_probs, entropy = one_chunk(head, (hidden[:, 0], targets[:, 0]))
-        return log_probs[:, :length], entropy[:, :length]
-
-    # The head's gradient is summed over the chunks in the dtype that it comes in here: in float32.
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head)
-
-    def narrow_chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return one_chunk(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), wide, head), inputs)
-
-    chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
-    found = jax.lax.map(jax.checkpoint(narrow_chunk), chunks)
-    log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1) for x in found)
+        log_probs, entropy = one_chunk((hidden[:, 0], targets[:, 0]))
+    else:
+        chunks = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+        found = jax.lax.map(jax.checkpoint(one_chunk), chunks)
+        log_probs, entropy = (x.swapaxes(0, 1).reshape(shards, -1) for x in found)
     return log_probs[:, :length], entropy[:, :length]
+
+
+def _sum(values: jax.Array, over: str | None) -> jax.Array:
+    return values if over is None else jax.lax.psum(values, over)
+
+
+def _log_sum(logits: Float[Array, "tokens vocab"], over: str | None) -> Float[Array, " tokens"]:
+    """log Σ exp over the vocabulary, of which `logits` are a part where it is cut."""
+    if over is None:
+        return jax.nn.logsumexp(logits, axis=-1)
+    top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), over)
+    return top + jnp.log(_sum(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), over))
+
+
+def _pick(
+    logits: Float[Array, "tokens vocab"], targets: Int[Array, " tokens"], over: str | None
+) -> Float[Array, " tokens"]:
+    """The logit of each target, from the part that has it."""
+    if over is None:
+        return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    size = logits.shape[-1]
+    place = targets - jax.lax.axis_index(over) * size
+    found = jnp.take_along_axis(logits, jnp.clip(place, 0, size - 1)[:, None], axis=-1)[:, 0]
+    return _sum(jnp.where((place >= 0) & (place < size), found, 0.0), over)

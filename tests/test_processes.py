@@ -1,0 +1,150 @@
+"""Training in several processes: the numbers of one, through a stop and a start with another number of processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from commands import REPOSITORY, STOPS_ITSELF, TIMEOUT_S
+
+from rethinker_jax.example.dataset import write_split
+from rethinker_jax.step_metrics import CLOCKS
+
+# As the example: SSR, second looks at random, pictures. A rollout batch is not a multiple of the devices.
+CONFIG = """
+base: package:example
+run: {num_steps: 2, save_every: 1, rollouts_every: 1, keep_checkpoints: 3}
+data: {train: train.parquet, test: test.parquet}
+rollout: {prompts_per_step: 5, samples_per_prompt: 2}
+training: {batch_size: 10}
+replay: {capacity: 32}
+rethink: {fraction: 0.75}
+reward: {consistency: {weight: 0.5, ema_every: 2}}
+evaluation: {num_problems: 3, num_sampled_problems: 0, batch_size: 4}
+"""
+MAIN = ("-m", "rethinker_jax.main")
+
+
+def run_job(
+    folder: Path, count: int, devices: int, words: Sequence[str], scripts: dict[int, Sequence[str]] | None = None
+) -> tuple[list[int], list[str]]:
+    """Exit codes of `count` processes with `devices` devices each, and what they printed. scripts: of some, another."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    # Compiling is all that this costs.
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if count > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    logs = [folder / f"{words[-1].replace('=', '-')}-{count}-{index}.log" for index in range(count)]
+    job = []
+    for index, log in enumerate(logs):
+        with log.open("wb") as output:
+            job.append(
+                subprocess.Popen(
+                    [sys.executable, *(scripts or {}).get(index, MAIN), *words],
+                    env=environment | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
+                    cwd=folder,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    codes = [process.wait(TIMEOUT_S) for process in job]
+    return codes, [log.read_text() for log in logs]
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+
+
+def rollouts_of(run: Path) -> dict[str, Any]:
+    """File → lines; no clock is in them."""
+    return {path.name: path.read_text() for path in sorted((run / "rollouts").glob("step_*.jsonl"))}
+
+
+def arrays_of(run: Path, step: int) -> Any:
+    """Weights, optimizer and replay buffer of a checkpoint."""
+    with ocp.PyTreeCheckpointer() as reader:
+
+        def read(item: str) -> Any:
+            path = run / "checkpoints" / str(step) / item
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree
+            )
+            return reader.restore(path, restore_args=as_numpy)
+
+        return {item: read(item) for item in ("state", "arrays")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of which one has a picture that breaks off behind its header: only who decodes it can know."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "small.yaml").write_text(CONFIG)
+    write_split(folder / "test.parquet", "test", 4)
+    write_split(folder / "train.parquet", "train", 12)
+    table = pq.read_table(folder / "train.parquet")
+    rows = table.to_pylist()
+    broken = next(row for row in rows if row["images"])
+    broken["images"][0]["bytes"] = broken["images"][0]["bytes"][:200]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "train.parquet")
+    return folder
+
+
+def test_a_job_of_processes_is_one_run(folder: Path) -> None:
+    """One process with four devices against two with two each, of which the second is asked to stop after the first
+    step, and then four with one each.
+
+    Catches a process that draws, judges, replays or counts on its own; a picture that one of them finds bad and the
+    others keep; a stop that only its hearer follows; a checkpoint that only as many processes can read.
+    """
+    words = ["train", "small.yaml", "--mesh", "run.dir=alone"]
+    codes, printed = run_job(folder, 1, 4, words)
+    assert codes == [0], printed
+
+    words[-1] = "run.dir=many"
+    stops = (str(STOPS_ITSELF), "rethinker_jax.loop:learn", "1", "SIGTERM")
+    codes, printed = run_job(folder, 2, 2, words, {1: stops})
+    assert codes == [75, 75], printed
+    assert sorted(path.name for path in (folder / "many" / "checkpoints").iterdir()) == ["1"]
+    assert not (folder / "many" / "summary.json").exists()
+
+    codes, printed = run_job(folder, 4, 1, words)
+    assert codes == [0, 0, 0, 0], printed
+    alone, many = folder / "alone", folder / "many"
+    assert rollouts_of(alone) == rollouts_of(many)  # token for token, with verdicts and advantages
+    bad = (alone / "bad_rows.jsonl").read_text()
+    assert bad == (many / "bad_rows.jsonl").read_text() and bad.count("bad_image") == 1
+    one, other = metrics_of(alone), metrics_of(many)
+    assert [row["step"] for row in other] == [0, 1]
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            if value is None:
+                assert theirs[key] is None, key
+            else:  # sums over devices, in another order; the gap is nothing but rounding
+                atol = 2e-5 if key.startswith("sampler_trainer_gap") else 1e-6
+                np.testing.assert_allclose(theirs[key], value, rtol=2e-4, atol=atol, err_msg=key)
+    mine, theirs = arrays_of(alone, 2), arrays_of(many, 2)
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    assert mine["arrays"]["problem"].size and (mine["arrays"]["problem"] == theirs["arrays"]["problem"]).all()
+    learning_rate = 7e-5  # by which Adam moves most weights in an update; measured is a difference of 3e-7
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=learning_rate / 10),
+        mine["state"]["params"],
+        theirs["state"]["params"],
+    )
+    # One of them prints, and one report is written.
+    assert "accuracy, greedy" in printed[0] and not any("accuracy" in text for text in printed[1:]), printed
+    assert (many / "report.html").is_file()
