@@ -191,8 +191,10 @@ def _locked(path: Path, output: Path) -> TextIO:
 
 
 def line_writer(file: io.TextIOBase | TextIO) -> Callable[[Row], None]:
+    in_ascii = file.isatty()  # text of a model could steer a terminal
+
     def write(row: Row) -> None:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row, ensure_ascii=in_ascii) + "\n")
         file.flush()
 
     return write

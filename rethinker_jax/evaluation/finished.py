@@ -26,6 +26,7 @@ from rethinker_jax.benchmarks.tables import (
 from rethinker_jax.config_keys import nearest
 from rethinker_jax.errors import UserError
 from rethinker_jax.output_files import check_writable, write_whole
+from rethinker_jax.terminal import printable
 
 TABLE_FORMATS: Mapping[str, Callable[[Table], str]] = {"markdown": to_markdown, "latex": to_latex, "csv": to_csv}
 EXPORTS = ("lm_eval", "vlmevalkit")
@@ -123,7 +124,7 @@ def _named(files: Sequence[str]) -> list[tuple[Path, str]]:
 
 def _put(text: str, output: Path | None) -> None:
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         return
     check_writable(output, "--output")
     write_whole(output, text)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
+from rethinker_jax.health import PREFIX
 from rethinker_jax.report.read import Metrics
 
 MAX_POINTS = 500  # more steps than this are averaged in neighbouring buckets before they are drawn
@@ -138,7 +139,8 @@ SPECS = (
 def rest_of(metrics: Metrics, hero: ChartSpec = HERO) -> list[ChartSpec]:
     """One small chart for every metric that neither `hero` nor another named chart shows, phase times last."""
     named = {name for spec in (hero, *SPECS) for name, _ in spec.series}
-    names = sorted((n for n in metrics.series if n not in named), key=lambda n: (n.startswith("seconds_"), n))
+    rest = (n for n in metrics.series if n not in named and not n.startswith(PREFIX))  # alarms stand in the header
+    names = sorted(rest, key=lambda n: (n.startswith("seconds_"), n))
     return [
         ChartSpec(f"rest-{place}", name, "", ((name, name),), "seconds" if name.startswith("seconds_") else "number")
         for place, name in enumerate(names)

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from rethinker_jax.health import PREFIX, alarm_words, alarms_in, left_out_words
 from rethinker_jax.report.charts import HERO, SFT_HERO, SPECS, Chart, draw, rest_of, thin
 from rethinker_jax.report.read import Group, Run, as_int, as_mapping, as_number, as_text
 from rethinker_jax.report.subset import Subset, choose_rollouts, script_json
@@ -113,7 +114,7 @@ def fill_template(name: str, payload: Mapping[str, Any], **fields: Any) -> bytes
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({name: page, "rollouts.html": rollouts}), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_visible,
     )  # fmt: skip
     environment.filters["spelled"] = spell_controls
     html = environment.get_template(name).render(
@@ -130,7 +131,14 @@ def cut(text: str) -> str:
 
 def spell_controls(text: str) -> str:
     """As much of a text as a page shows, control characters written out."""
-    return CONTROL.sub(lambda found: f"[U+{ord(found[0]):04X}]", cut(text))
+    return _visible(cut(text))
+
+
+def _visible(value: Any) -> Any:
+    """What a template prints: text with its control characters written out, but not what is markup already."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return CONTROL.sub(lambda found: f"[U+{ord(found[0]):04X}]", value)
 
 
 def _render(run: Run, charts: _Charts, subset: Subset) -> bytes:
@@ -198,9 +206,25 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("wall time", "" if wall is None else duration(wall)),
         ("CPU time", "" if cpu is None else duration(cpu)),
         ("commit", as_text(summary.get("commit"))[:12]),
+        ("alarms", alarm_words(alarms_in(_metric_rows(run)))),
+        ("rows left out", left_out_words(_counts(summary.get("rows_left_out")))),
         ("versions", ", ".join(f"{name} {as_text(version)}" for name, version in sorted(versions.items()))),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _metric_rows(run: Run) -> list[dict[str, Any]]:
+    """What `alarms_in` reads, a row a step."""
+    series = {name: values for name, values in run.metrics.series.items() if name.startswith(PREFIX)}
+    return [
+        {"step": step} | {name: values[place] for name, values in series.items()}
+        for place, step in enumerate(run.metrics.steps)
+    ]
+
+
+def _counts(value: Any) -> dict[str, int]:
+    counts = {as_text(name): as_int(one) for name, one in as_mapping(value).items()}
+    return {name: one for name, one in counts.items() if one is not None}
 
 
 def _validation_reward(summary: Mapping[str, Any]) -> str:
