@@ -196,7 +196,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     except (OSError, RuntimeError, ValueError) as error:
         if _is_disk_full(error):
-            print(f"error: the disk is full: {error}. Free some space and run the same command again.", file=sys.stderr)
+            said = "the disk is full, or a limit on the size of files (ulimit -f) is met"
+            print(f"error: {said}: {error}. Free some space and run the same command again.", file=sys.stderr)
         elif "RESOURCE_EXHAUSTED" in str(error):  # jax's word for a device without room
             said = str(error).partition("\n")[0].rstrip(".")
             print(f"error: the device's memory does not suffice: {said}. {MEMORY_LEVERS}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """A command that sends itself a signal at a chosen call: `python stops_itself.py PLACE CALL SIGNAL WORDS...`
 
 PLACE is `module:name` or `module:class.name`, CALL the number of the call before which the signal comes (1 is the
-first), SIGNAL a name as SIGTERM. Where a run stops does not depend on how busy the machine is.
+first), SIGNAL a name as SIGTERM. `PLACE@text` counts the calls alone of which an argument holds the text, and
+`PLACE>INNER` means the first call of INNER behind that call of PLACE. Where a run stops does not depend on how busy the
+machine is.
 """
 
 import functools
@@ -16,14 +18,19 @@ from rethinker_jax.main import main
 
 
 def arrange(place: str, call: int, number: signal.Signals) -> None:
-    module, _, path = place.partition(":")
+    outer, _, inner = place.partition(">")
+    outer, _, text = outer.partition("@")
+    module, _, path = outer.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(lambda found, part: vars(found)[part], owners, importlib.import_module(module))
     function, calls = vars(owner)[name], itertools.count(1)
 
     def wrapped(*values: Any, **options: Any) -> Any:
-        if next(calls) == call:
-            os.kill(os.getpid(), number)
+        if (not text or any(text in str(value) for value in values)) and next(calls) == call:
+            if inner:
+                arrange(inner, 1, number)
+            else:
+                os.kill(os.getpid(), number)
         return function(*values, **options)
 
     setattr(owner, name, wrapped)

@@ -313,18 +313,23 @@ def test_bad_rows_in_mid_run_are_counted_and_survived(here: Path, capsys: pytest
 
 
 def test_a_damaged_checkpoint_is_said(here: Path, capsys: pytest.CaptureFixture[str]):
-    """Catches a run that begins anew over its own past, or dies of a traceback."""
+    """Catches fine-tuning that begins anew over its own past, dies of a traceback, or keeps the metrics behind the
+    checkpoint that it goes on from."""
     words = ["sft", "small.yaml", "sft.data=example:sft-clean", "sft.num_steps=2", "sft.batch_size=2"]
     assert main(words) == 0, capsys.readouterr().err
     capsys.readouterr()
-    for path in sorted(Path("out/checkpoints/2/state").rglob("*")):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:3])
+    shutil.copytree("out/checkpoints/1", "whole")
+    for step in ("1", "2"):
+        for path in sorted(Path("out/checkpoints", step, "state").rglob("*")):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[:3])
     assert main([*words, "sft.num_steps=3"]) == 2
     said = capsys.readouterr().err
-    assert "checkpoints/2" in said and "damaged" in said
-    shutil.rmtree("out/checkpoints/2")
+    assert "checkpoints/2 is damaged" in said and "checkpoints/1 is damaged" in said and "No complete" in said
+    shutil.rmtree("out/checkpoints/1")
+    shutil.move("whole", "out/checkpoints/1")
     assert main([*words, "sft.num_steps=3"]) == 0, capsys.readouterr().err
+    assert "moved to 2.damaged; going on from checkpoint 1" in capsys.readouterr().err
     assert [row["step"] for row in json_lines("out/metrics.jsonl")] == [0, 1, 2]
 
 

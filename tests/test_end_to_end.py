@@ -21,6 +21,7 @@ from rethinker_jax.example.dataset import write_split
 from rethinker_jax.main import main
 from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.weights import load_params
+from rethinker_jax.step_metrics import CLOCKS
 from rethinker_jax.system import EXAMPLE_MODEL
 
 SMALL = """
@@ -35,19 +36,6 @@ reward: {consistency: {weight: 0.5, ema_every: 2}}
 evaluation: {num_problems: 8, num_sampled_problems: 4, samples_per_problem: 2, batch_size: 8}
 """
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "rollouts", "checkpoints", "tensorboard")
-CLOCKS = (
-    "seconds_rollout",
-    "seconds_update",
-    "seconds_compile",
-    "seconds_waiting_for_verdicts",
-    "seconds_second_pass",
-    "seconds_optimizer_steps",
-    "tokens_per_second",
-    "rollout_tokens_per_second",
-    "update_tokens_per_second",
-    "seconds",
-    "verdict_ms",
-)
 
 
 def run(*words: str | Path, log: Path, **environment: str) -> str:
@@ -73,7 +61,7 @@ def checkpoint_of(run_dir: Path, step: int) -> tuple[Any, dict[str, Any]]:
     )
     found: Any = manager.restore(step, args=args)
     manager.close()
-    meta = {key: value for key, value in found.meta.items() if key not in ("wall_s", "cpu_s")}
+    meta = {key: value for key, value in found.meta.items() if key not in ("wall_s", "cpu_s", "manifest")}
     return jax.tree.map(np.asarray, {"state": found.state, "arrays": found.arrays}), meta
 
 

@@ -197,7 +197,8 @@ def _forward(model: Model, params: Params, state: LoopState) -> tuple[Float[Arra
     x = model.embed(params, slots.token[:, None])
     caches = list(zip(slots.prompt_caches, slots.ring, strict=True))
     x, ring = model.run_layers(params["text"]["layers"], x, angles, attend, caches)
-    return model.logits(params, x[:, 0]), ring
+    # Whole on every device of `tensor`: choosing a token asks the whole vocabulary dozens of times, one by one.
+    return jax.lax.with_sharding_constraint(model.logits(params, x[:, 0]), PartitionSpec()), ring
 
 
 def _write_tokens(

@@ -26,7 +26,7 @@ from rethinker_jax.training.update import TrainState
 # orbax raises what goes wrong, and also logs it with a traceback from each of its threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 FILLER = {"_": np.zeros(1, np.int8)}  # orbax refuses an item without arrays
-LATE_READS = ("Event loop is closed", "error while reading array index")  # what those say that nobody waits for
+LATE = ("Event loop is closed", "error while reading array index")  # what those say that nobody waits for
 MANIFEST = "manifest"  # the key of the JSON under which stands what the store adds
 
 
@@ -51,6 +51,7 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep: int, keep_best: int = 0, manifest: Mapping[str, Any] | None = None):
+        _pass_over_late_errors()
         self.directory = directory
         self._manifest = dict(manifest or {})
         self._writes = keep > 0
@@ -200,7 +201,6 @@ class CheckpointStore:
 @contextlib.contextmanager
 def _reading(what: str) -> Generator[None]:
     """Turns what goes wrong inside into Damaged, but for a lack of memory and for being asked to stop."""
-    _pass_over_late_reads()
     try:
         yield
     except (Stopped, MemoryError, jax.errors.JaxRuntimeError):
@@ -211,17 +211,17 @@ def _reading(what: str) -> Generator[None]:
             if isinstance(cause, Stopped):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join(str(error).partition("See full TensorStore details")[0].split()) or type(error).__name__
         raise Damaged(f"{what} cannot be read: {said:.200}") from error
 
 
 @functools.cache
-def _pass_over_late_reads() -> None:
-    """When one read fails, orbax leaves the others, and Python would print a traceback for each that ends later."""
+def _pass_over_late_errors() -> None:
+    """When a read or write fails, orbax leaves the others; Python would print a traceback for each that ends later."""
     before = sys.unraisablehook
 
     def hook(what: Any) -> None:
-        if not any(words in str(what.exc_value) for words in LATE_READS):
+        if not any(words in str(what.exc_value) for words in LATE):
             before(what)
 
     sys.unraisablehook = hook
