@@ -79,11 +79,11 @@ def train(config: Config, name: str) -> Path:
             # Before the model: a reward function that cannot be used is said at once.
             with VerifierPool(config.verifier) as pool, Scorer(config, pool) as scorer:
                 system = load_system(config)
-                run.start(config)
                 kept = config.run.keep_checkpoints, config.run.keep_best if config.data.validation else 0
                 store = CheckpointStore(run.path / "checkpoints", *kept, manifest=run.manifest(config))
                 with contextlib.closing(store):
                     updater, progress = begin(config, system, store, splits, started)
+                    run.start(config)
                     # Behind a damaged checkpoint, lines are redone.
                     with MetricsLog(run.path, progress.step, writes=run.writes) as log:
                         run_steps(run, config, name, system, splits, updater, progress, scorer, log, store, stop)

@@ -311,6 +311,16 @@ def test_bad_rows_in_mid_run_are_counted_and_survived(here: Path, capsys: pytest
     assert sorted(drawn) == sorted(row["id"] for row in good if row["id"] not in left_out)
     assert [row["step"] for row in json_lines("out/metrics.jsonl")] == [0, 1, 2]
 
+    # It goes on with the rows and the config with which it began, or not at all.
+    good[plain]["answer"] = "another"
+    write_rows([*good, good[0] | {"id": "no answer", "answer": " "}])
+    assert "data.train: train.parquet does not hold the rows" in refused(
+        capsys, "small.yaml", "run.num_steps=4", "run.max_bad_rows=4"
+    )
+    Path("out/config.yaml").unlink()
+    assert "without the config.yaml" in refused(capsys, "small.yaml", "run.num_steps=4", "run.max_bad_rows=4")
+    assert len(json_lines("out/metrics.jsonl")) == 3
+
 
 def test_a_damaged_checkpoint_is_said(here: Path, capsys: pytest.CaptureFixture[str]):
     """Catches fine-tuning that begins anew over its own past, dies of a traceback, or keeps the metrics behind the

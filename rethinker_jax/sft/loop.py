@@ -103,11 +103,11 @@ def fine_tune(config: Config, name: str) -> Path:
                 system = load_system(config)
                 encoder = RowEncoder(system.builder, config.sft.max_completion_tokens)
                 setup = Setup(config, name, run, system, encoder, split, num_steps)
-                run.start(config)
                 kept = config.run.keep_checkpoints
                 store = CheckpointStore(run.path / "checkpoints", kept, manifest=run.manifest(config))
                 with contextlib.closing(store):
                     updater, progress = begin(setup, store, started)
+                    run.start(config)
                     _write_samples(setup)
                     with MetricsLog(run.path, progress.step, writes=run.writes) as log:
                         after = run_steps(setup, updater, progress, evaluator, log, store, stop)
