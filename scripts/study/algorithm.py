@@ -45,6 +45,7 @@ REGIMES: Mapping[str, tuple[str, ...]] = {
     "shipped": (*REPLAYS, "ssr_rethink", "ssr_rethink_decay"),
     "stage_two": ("ssr", "ssr_rethink", "ssr_rethink_decay"),
     "steep": (*REPLAYS, "grpo_double_rate"),
+    "slow": ("grpo", "ssr"),
     "faint": ("grpo", "ssr", "ssr_rethink"),
     "noise": ("grpo", "ssr"),
 }
@@ -53,11 +54,13 @@ REGIMES: Mapping[str, tuple[str, ...]] = {
 def regime_words(regime: str, seed: int, root: Path) -> Words:
     """What all arms of a regime have in common."""
     warm, parent = f"model.path={root / 'warm_start'}", f"model.path={parent_model(root)}"
+    steep = (warm, "data.train=example:steep-train", "run.num_steps=60")
     faint = tuple(f"data.{part}=example:faint-{part}" for part in PARTS)
     return {
         "shipped": (warm,),
         "stage_two": (f"model.path={stage_one_model(root, seed)}", "run.num_steps=30"),
-        "steep": (warm, "data.train=example:steep-train", "run.num_steps=60"),
+        "steep": steep,
+        "slow": (*steep, "optimizer.learning_rate=2e-5"),
         "faint": (parent, *faint),
         "noise": (warm, f"data.train={root / 'data' / 'noise.parquet'}"),
     }[regime]

@@ -35,6 +35,7 @@ TITLES: Mapping[str, str] = {
     "shipped": "shipped family",
     "stage_two": "stage two, from SSR's model",
     "steep": "steep: nine prompts in ten beyond reach",
+    "slow": "slow: steep at 2e-5",
     "faint": "faint: half the contrast, from the clean parent",
     "noise": "noise: a fifth of the answers wrong",
 }
@@ -46,7 +47,7 @@ def draw(output: Path, results: Mapping[str, Any]) -> None:
     curves = {
         "zero-advantage": (("shipped", "steep"), "zero_advantage_share", "groups without an advantage"),
         "effective": (("shipped", "steep"), "effective_share", "rows of the batch with an advantage"),
-        "validation": (("shipped", "steep", "faint"), "validation_reward", "validation reward"),
+        "validation": (("shipped", "steep", "slow", "faint"), "validation_reward", "validation reward"),
         "rethinking": (("shipped", "stage_two", "faint"), "rethink_ratio", "unforced second looks"),
     }
     with mpl.rc_context(STYLE):
