@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rethinker_jax.commands_evaluate import evaluate_options, run_evaluate
+from rethinker_jax.commands_plan import plan_options, run_plan
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import config_name, load_config, load_defaults
 from rethinker_jax.errors import UserError
@@ -318,6 +319,16 @@ COMMANDS: dict[str, Command] = {
         _export,
         _export_options,
         takes_mesh=False,
+    ),
+    "plan": Command(
+        "what a config takes on TPUs or GPUs that are not there, and how fast it could be; needs no accelerator",
+        "CONFIG.yaml --topology NAME [--mesh SPEC] [--json FILE] [--suggest] [--quick] [section.key=value ...]",
+        "Compiles the sampler and the update step for the topology and prints memory, products and collectives of a\n"
+        "device, and a bound on speed. TPUs want libtpu, GPUs jax's CUDA plugin; model.path may be a directory with a\n"
+        "config.json alone, or a published name such as Qwen2.5-VL-7B-Instruct. docs/plans.md has examples.",
+        run_plan,
+        plan_options,
+        tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select", "distill")),
     ),
     "report": Command(
         "a run, or an evaluation, as one HTML page",

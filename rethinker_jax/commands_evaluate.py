@@ -73,9 +73,12 @@ def run_evaluate(request: Request) -> None:
     )
     from rethinker_jax.devices import start_jax
     from rethinker_jax.evaluation.command import evaluate
+    from rethinker_jax.processes import is_first
 
     start_jax(config)
-    print(evaluate(asked, config))
+    path = evaluate(asked, config)
+    if is_first():
+        print(path)
 
 
 def _form_of_evaluate(given: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ PEAK_TFLOPS = {
     "TPU v5e": 197.0,
     "TPU v5": 459.0,
     "TPU v6": 918.0,
-    "TPU7x": 2307.0,
+    "TPU7x": 1153.5,  # a chip is two devices to jax
     "NVIDIA A100": 312.0,
     "NVIDIA H100 PCIe": 756.0,
     "NVIDIA H100": 989.0,
