@@ -22,6 +22,7 @@ from rethinker_jax.evaluation.trained import COMPANIONS, checkpoint_of, load_tra
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weights import checkpoint_bytes, save_params
+from rethinker_jax.processes import is_first
 from rethinker_jax.training.checkpoint import CheckpointStore
 from rethinker_jax.validation import best_step
 
@@ -50,7 +51,8 @@ def export(source: Path, output: Path, checkpoint: str | None = None) -> Path:
     start_jax(config)
     system, params = load_trained(checkpoint_of(*found, config))
     write_model_directory(system.directory, output, system.model.config, system.merged_params(params))
-    print(output)
+    if is_first():
+        print(output)
     return output
 
 

@@ -97,13 +97,12 @@ class RunDirectory:
 
     def check_config(self, config: Config) -> None:
         """Refuse to go on with a run under another config. Only its length and logging may change."""
-        checkpoints = self.path / "checkpoints"
-        if checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
-            if not (self.path / "config.yaml").is_file():
-                raise UserError(
-                    f"{self.path} holds checkpoints without the config.yaml with which they were made. Put it back, or "
-                    "name another run.dir."
-                )
+        steps = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+        if steps and not (self.path / "config.yaml").is_file():
+            raise UserError(
+                f"{self.path} holds checkpoints without the config.yaml with which they were made. Put it back, or "
+                "name another run.dir."
+            )
         changed = self.changes(config)
         if changed:
             raise UserError(

@@ -17,9 +17,10 @@ from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.trained import Trained, companions_hash, weights_hash
-from rethinker_jax.models.sharding import row_shards
+from rethinker_jax.models.sharding import row_shards, shards_here
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.output_files import (
+    Row,
     alone,
     begun,
     check_asked,
@@ -30,11 +31,12 @@ from rethinker_jax.output_files import (
     versions,
     write_whole,
 )
-from rethinker_jax.prompts.build import BadPrompt
+from rethinker_jax.processes import check_same, first_says, is_first
 from rethinker_jax.prompts.dataset import read_problems
+from rethinker_jax.run_data import agreed, build_prompts
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
 from rethinker_jax.system import System, load_system, make_updater, model_directory
-from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.batch import pack_micro_batches
 from rethinker_jax.training.layout import TrainRow
 from rethinker_jax.types import Completion, Problem, Prompt
 
@@ -43,30 +45,39 @@ def sample(options: SampleOptions, config: Config) -> None:
     """Draw `n` completions of every problem and write them as they end; a file is put in order at the end.
 
     An output file that exists is gone on with: problems that have all their lines there are not drawn again. What was
-    asked stands beside it, in FILE.asked.json, so that two models never share a file. Raises UserError.
+    asked stands beside it, in FILE.asked.json, so that two models never share a file. Of several processes the first
+    one reads and writes these files. Raises UserError.
     """
     config = _configured(config, options.model, options.prompt_template)
     problems = _one_shot(options) if options.data is None else _problems(options.data, config)
     if options.output is None:
-        _draw(options, config, _loaded(options, config, problems), problems, frozenset(), line_writer(sys.stdout))
+        write = line_writer(sys.stdout) if is_first() else _not_written
+        _draw(options, config, _loaded(options, config, problems), problems, frozenset(), write)
         return
     output = options.output.resolve()  # a link is written through
-    check_writable(output, "--output")
-    asked = _asked(options, config, problems)
-    with alone(output):
-        asked = check_asked(output, asked)
-        finished = finished_lines(output, options.n, "sample")
+    finished: dict[str, list[bytes]] = {}
+    asked: Row = {}
+    if is_first():
+        check_writable(output, "--output")
+        asked = _asked(options, config, problems)
+    with alone(output) if is_first() else contextlib.nullcontext():
+        if is_first():
+            asked = check_asked(output, asked)
+            finished = finished_lines(output, options.n, "sample")
+        done = frozenset(first_says(list(finished)))
         system = _loaded(options, config, problems)  # before anything is written
-        with begun(output, finished, asked) as file:
-            _draw(options, config, system, problems, frozenset(finished), line_writer(file))
-        _sort(output, [problem.id for problem in problems])
+        with begun(output, finished, asked) if is_first() else contextlib.nullcontext() as file:
+            write = _not_written if file is None else line_writer(file)
+            _draw(options, config, system, problems, done, write)
+        if is_first():
+            _sort(output, [problem.id for problem in problems])
 
 
 def _loaded(options: SampleOptions, config: Config, problems: Sequence[Problem]) -> System:
     """The model; of one shot also its prompt is tried."""
     system = load_system(config)
     if options.data is None:
-        _prompt(system, problems[0])
+        _needed_prompts(system, problems)
     return system
 
 
@@ -84,7 +95,7 @@ def _draw(
     params = system.sampling_params(system.params)
     settings = dataclasses.replace(config.sampling, num_slots=_num_slots(config, options.n))
     size = min(_chunk_size(config, options.n), max(len(left), 1))
-    with RunProgress(len(problems), num_finished, title="sample", unit="problem") as shown:
+    with RunProgress(len(problems), num_finished, title="sample", unit="problem", quiet=not is_first()) as shown:
         for start in range(0, len(left), size):
             chunk = left[start : start + size]
             prompts = _prompts(system, chunk, shown)
@@ -184,22 +195,27 @@ def score(options: ScoreOptions, config: Config) -> None:
     config = _configured(config, options.model, options.prompt_template)
     problems = _problems(options.data, config)
     output = None if options.output is None else options.output.resolve()  # a link is written through
-    if output is not None:
+    if output is not None and is_first():
         check_writable(output, "--output")
     system = load_system(config)
+    shards, here = row_shards(system.mesh), shards_here(system.mesh)
     ids_of = {problem.id: _completion_ids(problem, system, options.data) for problem in problems}
     updater = make_updater(config, system, 1, LossConfig())
     size = config.rollout.prompts_per_step
-    with _replacing(output) as write, RunProgress(len(problems), title="score") as shown:
+    with (
+        _replacing(output) if is_first() else contextlib.nullcontext(_not_written) as write,
+        RunProgress(len(problems), title="score", quiet=not is_first()) as shown,
+    ):
         for start in range(0, len(problems), size):
             chunk = problems[start : start + size]
             ids = [ids_of[problem.id] for problem in chunk]
             rows = []
-            for problem, tokens in zip(chunk, ids, strict=True):
+            for prompt, tokens in zip(_needed_prompts(system, chunk), ids, strict=True):
                 none = np.zeros(len(tokens), bool)
-                rows.append(TrainRow(_prompt(system, problem), tokens, none, none, np.zeros(len(tokens), np.float32)))
-            batch = pack_rows(rows, system.geometry, max(map(len, ids)), size, config.buckets, row_shards(system.mesh))
-            log_probs = jax.device_get(updater.log_probs(system.params, batch))
+                rows.append(TrainRow(prompt, tokens, none, none, np.zeros(len(tokens), np.float32)))
+            longest = max(map(len, ids))
+            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, shards, here)
+            log_probs = jax.device_get(updater.log_probs(system.params, packed.batches[0]))
             for problem, tokens, values in zip(chunk, ids, log_probs, strict=False):
                 found = [float(value) for value in values[: len(tokens)]]
                 write({"id": problem.id, "token_ids": tokens.tolist(), "log_probs": found})
@@ -218,8 +234,10 @@ def _configured(config: Config, model: str, template: str) -> Config:
 def _problems(source: str, config: Config) -> Sequence[Problem]:
     limit = config.run.max_bad_rows
     found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit, answers=False)
-    for row in found.bad_rows:
-        print(f"left out ({row.kind}): {row.where}: {row.why}", file=sys.stderr)
+    check_same(source, lambda: hash_of((one.id, one.question, len(one.images)) for one in found.problems))
+    if is_first():
+        for row in found.bad_rows:
+            print(f"left out ({row.kind}): {row.where}: {row.why}", file=sys.stderr)
     return found.problems
 
 
@@ -228,22 +246,21 @@ def _one_shot(options: SampleOptions) -> list[Problem]:
     return [Problem("question", options.question or "", "", images)]
 
 
-def _prompt(system: System, problem: Problem) -> Prompt:
-    try:
-        return system.builder.build(problem)
-    except BadPrompt as error:
-        raise UserError(f"{error}. Remove the row, or raise data.max_prompt_tokens.") from error
+def _needed_prompts(system: System, problems: Sequence[Problem]) -> list[Prompt]:
+    """Their prompts. Raises UserError, in all processes, where one cannot be made."""
+    prompts, bad = build_prompts(system, problems)
+    for _, why in agreed(bad).values():
+        raise UserError(f"{why}. Remove the row, or raise data.max_prompt_tokens.")
+    return [prompts[place] for place in range(len(problems))]
 
 
 def _prompts(system: System, problems: Sequence[Problem], shown: RunProgress) -> list[Prompt]:
     """The prompts that can be made; the others are said and left out."""
-    prompts = []
-    for problem in problems:
-        try:
-            prompts.append(system.builder.build(problem))
-        except BadPrompt as error:
-            shown.note(f"left out ({error.kind}): {error}")
-    return prompts
+    prompts, bad = build_prompts(system, problems)
+    bad = agreed(bad)
+    for kind, why in bad.values():
+        shown.note(f"left out ({kind}): {why}")
+    return [prompts[place] for place in range(len(problems)) if place not in bad]
 
 
 def _completion_ids(problem: Problem, system: System, source: str) -> np.ndarray:
@@ -293,6 +310,10 @@ def _content(problem: Problem) -> tuple[str, str, list[str]]:
         for one in problem.images
     ]
     return problem.id, problem.question, [hashlib.sha256(image).hexdigest() for image in images]
+
+
+def _not_written(row: Row) -> None:
+    """What the other processes do with a line that the first one writes."""
 
 
 @contextlib.contextmanager

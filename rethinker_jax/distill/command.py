@@ -27,6 +27,7 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.output_files import alone, check_writable, versions, write_whole
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.images import BadImage
+from rethinker_jax.terminal import printable
 from rethinker_jax.types import Problem
 
 
@@ -70,7 +71,7 @@ def distill(options: DistillOptions, config: Config) -> None:
         options.data, image_root=config.data.image_root, max_bad_rows=config.run.max_bad_rows, answers=False
     )
     for row in found.bad_rows:
-        print(f"left out ({row.kind}): {row.where}: {row.why}", file=sys.stderr)
+        print(printable(f"left out ({row.kind}): {row.where}: {row.why}"), file=sys.stderr)
     with_images = any(problem.images for problem in found.problems)
     for role in roles if with_images else roles[1:]:
         check_role(role, body_of(role, config.distill))
@@ -130,7 +131,7 @@ def _describe(
             digests = [hashlib.sha256(image_bytes(image)).hexdigest() for image in problem.images]
         except BadImage as error:
             unread["bad_image"] += 1
-            print(f"left out (bad_image): row {problem.id!r}: {error}", file=sys.stderr)
+            print(printable(f"left out (bad_image): row {problem.id!r}: {error}"), file=sys.stderr)
             continue
         keys_of[problem.id] = [key_of("caption", digest, prompt, captioner.identity) for digest in digests]
         for key, digest, image in zip(keys_of[problem.id], digests, problem.images, strict=True):

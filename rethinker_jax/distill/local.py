@@ -5,11 +5,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from rethinker_jax import peers
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress
 from rethinker_jax.devices import start_jax
-from rethinker_jax.distill.asks import Ask, Failures, Role
+from rethinker_jax.distill.asks import Ask, Failures, Role, section_of
 from rethinker_jax.distill.replies import Reply, ReplyFile
+from rethinker_jax.errors import UserError
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.sample import PACE, model_identity, prompts_at_once
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
@@ -21,6 +23,13 @@ class Local:
     """Asks the checkpoint of a role; it is loaded for `ask_all` and freed after it."""
 
     def __init__(self, role: Role, config: Config):
+        """Raises UserError in a job of several processes."""
+        start_jax(config)
+        if peers.count() > 1:
+            raise UserError(
+                f"{section_of(role)}: distill draws from a model of its own in one process, and this job has "
+                f"{peers.count()}. Start it in one, or serve the model and name {section_of(role)}.url."
+            )
         self._role = role
         self._config = dataclasses.replace(
             config,
@@ -38,7 +47,6 @@ class Local:
         """
         if not asks:
             return collections.Counter()
-        start_jax(self._config)
         system = load_system(self._config)
         try:
             return self._draw(system, asks, replies, shown, first)

@@ -2,5 +2,6 @@
 
     items → (protocol) → prompts → completions → records, judged while others are drawn → FILE.json, and .html
 
-`command` draws, `regrade` judges again and joins shards, `results` writes, `judging` judges, `perplexity` scores.
+`command` draws, `regrade` judges again and joins shards, `results` writes, `judging` judges, in several processes
+`shared`; `perplexity` scores.
 """

@@ -1,5 +1,6 @@
 """`main evaluate`: draws what is not there yet, judges it, and writes the numbers at the end."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,7 +18,7 @@ from rethinker_jax.config import Config
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.evaluation.asks import Ask, asks_hash, asks_of, headline_of, read_items
 from rethinker_jax.evaluation.generate import Drawing
-from rethinker_jax.evaluation.judging import Judging, judge_identity
+from rethinker_jax.evaluation.judging import judge_identity
 from rethinker_jax.evaluation.listener import Listener
 from rethinker_jax.evaluation.pages import write_page_of
 from rethinker_jax.evaluation.results import (
@@ -27,6 +28,7 @@ from rethinker_jax.evaluation.results import (
     write_generations,
     write_result,
 )
+from rethinker_jax.evaluation.shared import SharedJudging
 from rethinker_jax.evaluation.trained import Trained, companions_hash, find_model, load_trained, weights_hash
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen_config import read_config
@@ -39,8 +41,10 @@ from rethinker_jax.output_files import (
     check_asked,
     check_writable,
     finished_lines,
+    hash_of,
     versions,
 )
+from rethinker_jax.processes import check_same, first_says, is_first
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import prompt_template
 from rethinker_jax.sample import PACE, prompts_at_once
@@ -52,10 +56,8 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
     """Draw, judge and write; returns the path of the result, or of a shard's generations. Raises UserError, Stopped.
 
     A file of generations that exists is gone on with: items that have all their samples there are judged again, which
-    is cheap, and not drawn again.
+    is cheap, and not drawn again. Of several processes the first one reads and writes files.
     """
-    if jax.process_count() > 1:
-        raise UserError("evaluate: wanted one process; give each its part by --shard I/N and join them by --merge")
     paths = paths_of(options.output, options.shard)
     protocol = find_protocol(options.protocol)
     found = read_items(options.benchmark, options.data, config)
@@ -66,12 +68,18 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
             f"{options.benchmark}: nothing to ask: of {len(found.items)} items the protocol {protocol.name} keeps "
             f"{len(asks)}, and shard {options.shard[0]}/{options.shard[1]} has none of them."
         )
+    check_same(options.benchmark, lambda: hash_of((one.item.problem.id, one.problem.question) for one in asks))
     trained = find_model(config)
-    check_writable(paths.generations, "--output")
-    check_writable(paths.result, "--output")
-    asked = _asked(options, trained, protocol, asks, len(found.items))
-    with alone(paths.generations), VerifierPool(config.verifier) as pool:
+    asked: Row = {}
+    if is_first():
+        check_writable(paths.generations, "--output")
+        check_writable(paths.result, "--output")
+        asked = _asked(options, trained, protocol, asks, len(found.items))
+    held = alone(paths.generations) if is_first() else contextlib.nullcontext()
+    with held, VerifierPool(config.verifier) as pool:
         judged = _judged(options, trained, protocol, found, mine, asked, paths.generations, pool)
+        if not is_first():
+            return paths.result if options.shard[1] == 1 else paths.generations
         write_generations(paths.generations, judged)
         if options.shard[1] > 1:
             return paths.generations
@@ -91,20 +99,27 @@ def _judged(
     generations: Path,
     pool: VerifierPool,
 ) -> Generations:
-    """All generations of `mine`: those that are there, and the others, drawn. Raises UserError, Stopped."""
-    asked = check_asked(generations, asked)
-    kept = finished_lines(generations, options.n, "evaluate")
+    """All generations of `mine`: those that are there, and the others, drawn. Raises UserError, Stopped.
+
+    Of several processes the first one has those that are there, and judges them; the others hear their names.
+    """
+    kept: dict[str, list[bytes]] = {}
+    known: list[LeftOut] = []
+    if is_first():
+        asked = check_asked(generations, asked)
+        kept, known = finished_lines(generations, options.n, "evaluate"), _known_left_out(generations)
+    there = frozenset(first_says(list(kept)))
     missing = [LeftOut("", row.where, row.kind, row.why) for row in found.bad_rows]
-    missing += _known_left_out(generations)
-    done = {*kept, *(one.id for one in missing)}
+    missing += [LeftOut(**one) for one in first_says([dataclasses.asdict(one) for one in known])]
+    done = {*there, *(one.id for one in missing)}
     left = [ask for ask in mine if ask.problem.id not in done]
-    listener = Listener(options.benchmark, len(mine), options.n, frozenset(kept), missing)
-    judging = Judging(pool, protocol.extraction)
+    listener = Listener(options.benchmark, len(mine), options.n, there, missing, quiet=not is_first())
+    judging = SharedJudging(pool, protocol.extraction)
     judging.submit([_kept_record(line, generations) for lines in kept.values() for line in lines])
-    with begun(generations, kept, asked) as file, listener.shown:
-        listener.file = file
+    begin = begun(generations, kept, asked) if is_first() else contextlib.nullcontext()
+    with begin as listener.file, listener.shown:
         _draw(options, trained, left, len(mine), judging, listener)
-    if not listener.found:
+    if not listener.found and not there:
         raise UserError(f"{options.benchmark}: no item could be used; see above.")
     return Generations(tuple(listener.found), asked, tuple(listener.missing), judge_identity(trained.config.verifier))
 
@@ -114,7 +129,7 @@ def _draw(
     trained: Trained,
     asks: Sequence[Ask],
     num_mine: int,
-    judging: Judging,
+    judging: SharedJudging,
     listener: Listener,
 ) -> None:
     """Draws the items, until all are drawn or the process is asked to stop (Stopped).

@@ -11,12 +11,12 @@ from rethinker_jax.benchmarks.records import Record
 from rethinker_jax.config import Config
 from rethinker_jax.evaluate import EVALUATION_STEP
 from rethinker_jax.evaluation.asks import Ask
-from rethinker_jax.evaluation.judging import Judging
 from rethinker_jax.evaluation.listener import Listener
+from rethinker_jax.evaluation.shared import SharedJudging
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.rewards.grounding import answer_as_seen
 from rethinker_jax.rewards.inputs import image_sizes
+from rethinker_jax.run_data import agreed, build_prompts
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
 from rethinker_jax.system import System
 from rethinker_jax.types import Problem, Prompt
@@ -35,20 +35,19 @@ class Drawing:
     num_items: int
     num_slots: int
 
-    def run(self, system: System, params: Params, asks: Sequence[Ask], judging: Judging, listener: Listener) -> None:
+    def run(
+        self, system: System, params: Params, asks: Sequence[Ask], judging: SharedJudging, listener: Listener
+    ) -> None:
         """Draws everything; `params` are in the sampling layout."""
         for start in range(0, len(asks), self.num_items):
             batch = asks[start : start + self.num_items]
-            prompts: list[Prompt] = []
-            items: list[Item] = []
-            for ask in batch:
-                try:
-                    prompts.append(system.builder.build(ask.problem))
-                except BadPrompt as error:
-                    listener.left_out(ask, error)
-                else:
-                    items.append(ask.item)
-            if prompts:
+            made, bad = build_prompts(system, [ask.problem for ask in batch])
+            bad = agreed(bad)
+            for place, (kind, why) in bad.items():
+                listener.left_out(batch[place], kind, why)
+            good = [place for place in range(len(batch)) if place not in bad]
+            if good:
+                prompts, items = [made[place] for place in good], [batch[place].item for place in good]
                 self._draw(system, params, prompts, items, judging, listener)
                 listener.records(judging.ready(wait=True))
 
@@ -58,7 +57,7 @@ class Drawing:
         params: Params,
         prompts: Sequence[Prompt],
         items: Sequence[Item],
-        judging: Judging,
+        judging: SharedJudging,
         listener: Listener,
     ) -> None:
         triggers = [system.tokenizer.encode(text) for text in self.config.rethink.triggers]
@@ -71,7 +70,7 @@ class Drawing:
 
         def finished(ended: Sequence[tuple[int, Drawn]]) -> None:
             found = [(pairs[row], drawn) for row, drawn in ended]
-            judging.submit([self._record(items[place], prompts[place], n, drawn) for (place, n), drawn in found])
+            judging.submit_drawn([self._record(items[place], prompts[place], n, drawn) for (place, n), drawn in found])
             listener.records(judging.ready())
 
         settings = dataclasses.replace(self.config.sampling, num_slots=self.num_slots)

@@ -7,7 +7,7 @@ end token behind it. A model that wrote them itself may have cut the same text i
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,13 +22,14 @@ from rethinker_jax.evaluation.asks import asks_hash, asks_of, read_items
 from rethinker_jax.evaluation.results import read_generations
 from rethinker_jax.evaluation.trained import find_model, load_trained, weights_hash
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.models.sharding import row_shards
+from rethinker_jax.models.sharding import row_shards, shards_here
 from rethinker_jax.output_files import Row, check_writable, versions, write_whole
-from rethinker_jax.prompts.build import BadPrompt
+from rethinker_jax.processes import check_same, is_first
+from rethinker_jax.run_data import agreed, build_prompts
 from rethinker_jax.system import System, make_updater
-from rethinker_jax.training.batch import pack_rows
+from rethinker_jax.training.batch import pack_micro_batches
 from rethinker_jax.training.layout import TrainRow
-from rethinker_jax.types import Problem
+from rethinker_jax.types import Problem, Prompt
 
 
 def perplexity(generations: Path, data: str | None, output: Path | None, config: Config) -> None:
@@ -38,7 +39,8 @@ def perplexity(generations: Path, data: str | None, output: Path | None, config:
     """
     found = read_generations(generations)
     asked = found.asked
-    if output is not None:
+    check_same(str(generations), lambda: _hash_of_file(generations))
+    if output is not None and is_first():
         check_writable(output, "--output")
     protocol = find_protocol(asked["protocol"]["name"])
     asks = asks_of(read_items(asked["benchmark"], data or asked["data"], config).items, protocol)
@@ -51,6 +53,8 @@ def perplexity(generations: Path, data: str | None, output: Path | None, config:
     trained = find_model(config)
     system, params = load_trained(trained)
     nll = _nll(system, params, found.records, problems, trained.config)
+    if not is_first():
+        return
     parts = {
         "all": list(zip(found.records, nll, strict=True)),
         "correct": [pair for pair in zip(found.records, nll, strict=True) if pair[0].correct],
@@ -59,7 +63,7 @@ def perplexity(generations: Path, data: str | None, output: Path | None, config:
     result = {
         "model": config.model.path,
         "weights": weights_hash(trained),
-        "generations": hashlib.sha256(generations.read_bytes()).hexdigest(),
+        "generations": _hash_of_file(generations),
         **{name: _summary([values for _, values in pairs]) for name, pairs in parts.items()},
         **versions(),
     }
@@ -76,30 +80,38 @@ def _nll(
     """Negative log-probs of every record's tokens, in order of the records."""
     updater = make_updater(config, system, 1, LossConfig())
     size = min(config.evaluation.batch_size, len(records))
+    shards, here = row_shards(system.mesh), shards_here(system.mesh)
     ids = [_token_ids(record, system) for record in records]
     by_length = sorted((place for place in range(len(records)) if len(ids[place])), key=lambda place: len(ids[place]))
     found = [np.zeros(0, np.float32)] * len(records)
-    with RunProgress(len(by_length), title="perplexity", unit="completion") as shown:
+    with RunProgress(len(by_length), title="perplexity", unit="completion", quiet=not is_first()) as shown:
         for start in range(0, len(by_length), size):
             places = by_length[start : start + size]
-            rows, prompts = [], {}
+            prompts = _prompts(system, {name: problems[name] for name in (records[place].id for place in places)})
+            rows = []
             for place in places:
                 none = np.zeros(len(ids[place]), bool)
-                name = records[place].id
-                try:
-                    prompt = prompts[name] = prompts.get(name) or system.builder.build(problems[name])
-                except BadPrompt as error:
-                    raise UserError(
-                        f"{error}. Raise data.max_prompt_tokens, or give the model larger bounds."
-                    ) from error
+                prompt = prompts[records[place].id]
                 rows.append(TrainRow(prompt, ids[place], none, none, np.zeros(len(none), np.float32)))
             longest = max(len(ids[place]) for place in places)
-            batch = pack_rows(rows, system.geometry, longest, size, config.buckets, row_shards(system.mesh))
-            values = np.asarray(jax.device_get(updater.log_probs(params, batch)))
+            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, shards, here)
+            values = np.asarray(jax.device_get(updater.log_probs(params, packed.batches[0])))
             for row, place in enumerate(places):
                 found[place] = -values[row, : len(ids[place])]
             shown.update(start + len(places), {})
     return found
+
+
+def _prompts(system: System, problems: Mapping[str, Problem]) -> dict[str, Prompt]:
+    """Of each of them. Raises UserError where one cannot be made, in all processes."""
+    made, bad = build_prompts(system, list(problems.values()))
+    for _, why in agreed(bad).values():
+        raise UserError(f"{why}. Raise data.max_prompt_tokens, or give the model larger bounds.")
+    return {name: made[place] for place, name in enumerate(problems)}
+
+
+def _hash_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _token_ids(record: Record, system: System) -> np.ndarray:

@@ -11,6 +11,7 @@ from rethinker_jax.config_file import load_config
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.runs import find_run
 from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.processes import first_says
 from rethinker_jax.system import System, load_system, make_updater, model_directory
 from rethinker_jax.training.checkpoint import CheckpointStore
 
@@ -56,6 +57,7 @@ def checkpoint_of(run: Path, step: int | None, config: Config) -> Trained:
     """A checkpoint of a run, the last one for None. Raises UserError where there is none."""
     with contextlib.closing(CheckpointStore(run / "checkpoints", keep=0)) as store:
         step = store.latest_step if step is None else step
+    step = first_says(step)  # another process may see an older state of the disk
     if step is None:
         raise UserError(f"{run} holds no complete checkpoint. Let the run reach its first one.")
     return Trained(config, model_directory(config.model.path), run, step)

@@ -1,5 +1,9 @@
-"""The `pipeline` command: stages that are not done yet, one after the other, and what the manifest says of them."""
+"""The `pipeline` command: stages that are not done yet, one after the other, and what the manifest says of them.
 
+Of several processes the first one keeps the manifest and decides what is to be done, and all do it.
+"""
+
+import contextlib
 import dataclasses
 import gc
 import json
@@ -9,18 +13,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rethinker_jax import peers
 from rethinker_jax.config import MeshConfig
 from rethinker_jax.curation.report import report_path
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.json_lines import object_of
 from rethinker_jax.models.sharding import make_mesh
-from rethinker_jax.output_files import differences
+from rethinker_jax.output_files import differences, hash_of
 from rethinker_jax.pipeline.budget import check_budgets, count_rows
 from rethinker_jax.pipeline.keys import Contents
 from rethinker_jax.pipeline.plan import Planned, hash_of_input, keys_of, plan, settings_of
-from rethinker_jax.pipeline.recipe import MODEL_KINDS, SAMPLE_KINDS, read_recipe
+from rethinker_jax.pipeline.recipe import MODEL_KINDS, SAMPLE_KINDS, Asked, read_recipe
 from rethinker_jax.pipeline.stages import download, final_config, run_stage
+from rethinker_jax.processes import check_same, first_does, first_says, is_first
 from rethinker_jax.run_directory import RunDirectory, hold, versions, write_whole
 from rethinker_jax.stopping import listening
 from rethinker_jax.system import model_directory
@@ -45,21 +51,49 @@ def run_pipeline(path: Path, overrides: Sequence[str], mesh: MeshConfig | None, 
     stages = plan(asked, mesh, last)
     check_budgets(stages)
     start_jax(stages[0].config)
+    check_same(str(path), lambda: [_work_of(one) for one in stages])
     for one in stages:
         if one.stage.kind != "select":
             make_mesh(one.config.mesh)
+        if one.stage.kind == "distill":
+            _check_alone(one)
     words = [str(path), *overrides, *(_mesh_words(mesh))]
-    with hold(asked.directory), listening():
-        for given in dict.fromkeys(given for one in stages for given in one.inputs if given.hub):
-            if not Path(given.path).is_file():
-                download(given.hub, Path(given.path))
-        contents = Contents(asked.directory / "hashes.json")
-        keys = keys_of(stages, model_directory(asked.recipe.model), contents)
-        manifest = Manifest(asked.directory / "manifest.json", [one.stage.name for one in stages])
+    with hold(asked.directory) if is_first() else contextlib.nullcontext(), listening():
+        first_does(lambda: _download_all(stages), "download")
+        journal = first_does(lambda: _open_journal(asked, stages, shlex.join(["pipeline", *words])), "hashes")
         for one in stages:
-            _run_one(manifest, one, keys, contents, shlex.join(["pipeline", *words]))
+            _run_one(journal, one)
             gc.collect()  # the next stage wants the room of this one's weights
     return asked.directory
+
+
+def _work_of(planned: Planned) -> str:
+    """Hash of what all processes have to do alike."""
+    config = planned.config
+    run, verifier = config.run, config.verifier
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(run, compilation_cache=""),
+        verifier=dataclasses.replace(verifier, num_workers=0),
+    )
+    return hash_of([planned.stage, config])
+
+
+def _check_alone(planned: Planned) -> None:
+    """Raises UserError, before hours of other stages, where a stage would draw in one process what several hold."""
+    settings = planned.config.distill
+    if peers.count() > 1 and not (settings.caption.url and settings.reason.url):
+        raise UserError(
+            f"stage {planned.stage.name}: distill draws from a model of its own in one process alone, and this job has "
+            f"{peers.count()}. Serve the model (distill.caption.url, distill.reason.url), or run the pipeline up to "
+            "this stage in one process."
+        )
+
+
+def _download_all(stages: Sequence[Planned]) -> None:
+    for given in dict.fromkeys(given for one in stages for given in one.inputs if given.hub):
+        if not Path(given.path).is_file():
+            download(given.hub, Path(given.path))
 
 
 def _mesh_words(mesh: MeshConfig | None) -> list[str]:
@@ -111,32 +145,39 @@ def _check_entry(entry: object, where: str) -> None:
         raise ValueError(f"{where}: {wrong[0] if wrong else 'inputs.data'} is not what it should be")
 
 
-def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], contents: Contents, command: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Journal:
+    """What the first process knows of the stages: their keys, what files hold, and the manifest that it keeps."""
+
+    manifest: Manifest
+    keys: dict[str, str]
+    contents: Contents
+    command: str
+
+
+def _open_journal(asked: Asked, stages: Sequence[Planned], command: str) -> Journal:
+    contents = Contents(asked.directory / "hashes.json")
+    keys = keys_of(stages, model_directory(asked.recipe.model), contents)
+    return Journal(
+        Manifest(asked.directory / "manifest.json", [one.stage.name for one in stages]), keys, contents, command
+    )
+
+
+def _run_one(journal: Journal | None, planned: Planned) -> None:
     """Run one stage, or go on with it, unless it is done; the manifest says so before and after."""
-    name = planned.stage.name
     planned = dataclasses.replace(planned, config=final_config(planned))
-    before = manifest.read(name)
-    entry = _entry(planned, keys, contents) | {"command": command}
-    changed = ["the manifest does not know it"] if before is None else _changes(before, entry, planned, contents)
-    if before is not None and not changed and before["status"] == "done" and planned.output.exists():
-        print(f"stage {name}: done before")
+    entry = first_does(lambda: _begin(journal, planned), "manifest")
+    if first_says(entry is None):
         return
-    spent = 0.0
-    if before is not None and (not changed or _differs_in_choice(before, entry)):
-        spent = before["wall_s"]
-        _go_on(planned, bool(changed))
-    elif planned.directory.exists():
-        aside = _set_aside(planned.directory, before)
-        print(f"stage {name}: begins anew ({'; '.join(changed)}); what was there is in {aside}")
-    source = f" from {planned.parent}" if planned.parent else ""
-    print(f"stage {name}: {planned.stage.kind}{source}")
-    started = time.monotonic()
-    entry |= {"status": "running", "wall_s": spent}
+    if journal is None or entry is None:  # another process keeps the manifest
+        run_stage(planned)
+        return
+    manifest, started, spent = journal.manifest, time.monotonic(), entry["wall_s"]
     manifest.write(entry)
     entry["status"] = "failed"
     try:
         run_stage(planned)
-        entry |= {"status": "done", "output_sha256": _output_hash(planned, contents)}
+        entry |= {"status": "done", "output_sha256": _output_hash(planned, journal.contents)}
         entry["output_rows"] = count_rows(str(planned.output)) if planned.stage.kind not in MODEL_KINDS else None
     except (Stopped, KeyboardInterrupt):
         entry["status"] = "stopped"
@@ -146,6 +187,28 @@ def _run_one(manifest: Manifest, planned: Planned, keys: dict[str, str], content
         raise
     finally:
         manifest.write(entry | {"wall_s": spent + time.monotonic() - started})
+
+
+def _begin(journal: Journal | None, planned: Planned) -> Entry | None:
+    """The entry with which a stage runs, what lies there being made ready for it; None where the stage is done."""
+    assert journal is not None, "the process that keeps it decides"
+    name, contents = planned.stage.name, journal.contents
+    before = journal.manifest.read(name)
+    entry = _entry(planned, journal.keys, contents) | {"command": journal.command}
+    changed = ["the manifest does not know it"] if before is None else _changes(before, entry, planned, contents)
+    if before is not None and not changed and before["status"] == "done" and planned.output.exists():
+        print(f"stage {name}: done before")
+        return None
+    spent = 0.0
+    if before is not None and (not changed or _differs_in_choice(before, entry)):
+        spent = before["wall_s"]
+        _go_on(planned, bool(changed))
+    elif planned.directory.exists():
+        aside = _set_aside(planned.directory, before)
+        print(f"stage {name}: begins anew ({'; '.join(changed)}); what was there is in {aside}")
+    source = f" from {planned.parent}" if planned.parent else ""
+    print(f"stage {name}: {planned.stage.kind}{source}")
+    return entry | {"status": "running", "wall_s": spent}
 
 
 def _go_on(planned: Planned, choose: bool) -> None:

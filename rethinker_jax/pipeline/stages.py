@@ -1,4 +1,7 @@
-"""What a stage of each kind does: the commands, one after the other, in this process. Each goes on where it was cut."""
+"""What a stage of each kind does: the commands, one after the other, in this process. Each goes on where it was cut.
+
+Of several processes all do what needs the model, and the first one does the rest while the others wait.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -20,9 +23,11 @@ from rethinker_jax.json_lines import object_of
 from rethinker_jax.loop import train
 from rethinker_jax.options import EvaluateOptions, SampleOptions
 from rethinker_jax.pipeline.plan import Planned
+from rethinker_jax.processes import first_does, first_says, is_first
 from rethinker_jax.prompts.dataset import Part, parts_of
 from rethinker_jax.sample import sample
 from rethinker_jax.sft import fine_tune
+from rethinker_jax.validation import best_step
 from rethinker_jax.verify.command import verify_file
 
 
@@ -41,15 +46,18 @@ def final_config(planned: Planned) -> Config:
     made = [Path(one.path) for one in planned.inputs if one.role in ("rows", "data") and one.stage]
     if config.data.image_root or not made:
         return config
-    report = report_path(made[0])
+    root = first_says(_image_root(report_path(made[0])) if is_first() else "")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_root=root))
+
+
+def _image_root(report: Path) -> str:
     try:
-        root = object_of(report.read_bytes()).get("image_root", "")
+        return object_of(report.read_bytes()).get("image_root", "")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{report}: wanted what `select` wrote, which says where images lie ({error}). Remove the file; the stage "
             "is then run anew."
         ) from error
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_root=root))
 
 
 def _sft(planned: Planned) -> None:
@@ -58,14 +66,17 @@ def _sft(planned: Planned) -> None:
 
 def _rl(planned: Planned) -> None:
     train(planned.config, planned.stage.name)
-    if not planned.output.exists():
-        export(planned.directory, planned.output, planned.stage.checkpoint)
+    if first_says(planned.output.exists()):
+        return
+    checkpoint = planned.stage.checkpoint
+    if checkpoint == "best":
+        checkpoint = str(first_says(best_step(planned.directory)))
+    export(planned.directory, planned.output, checkpoint)
 
 
 def _sample(planned: Planned) -> None:
     """Draw, and judge what was drawn by the answers of the rows."""
     config, rows = planned.config, _needed(planned, "data")
-    golds = read_golds(rows, config.data.image_root, config.run.max_bad_rows)
     drawn = planned.directory / "drawn.jsonl"
     asked = SampleOptions(
         model=planned.model,
@@ -78,24 +89,37 @@ def _sample(planned: Planned) -> None:
         prompt_template=config.data.prompt_template,
     )
     sample(asked, config)
-    verify_file(drawn, planned.output, config.verifier, golds)
+
+    def judge() -> None:
+        golds = read_golds(rows, config.data.image_root, config.run.max_bad_rows)
+        verify_file(drawn, planned.output, config.verifier, golds)
+
+    first_does(judge, "verify")
 
 
 def _distill(planned: Planned) -> None:
     """Describe and reason, and judge the traces by the answers of the rows."""
     config, rows = planned.config, _needed(planned, "data")
-    golds = read_golds(rows, config.data.image_root, config.run.max_bad_rows)
     drawn = planned.directory / "drawn.jsonl"
-    _drop_unreported(drawn)
-    distill(DistillOptions(rows, drawn), config)
-    verify_file(drawn, planned.output, config.verifier, golds)
+
+    def describe_and_judge() -> None:
+        golds = read_golds(rows, config.data.image_root, config.run.max_bad_rows)
+        _drop_unreported(drawn)
+        distill(DistillOptions(rows, drawn), config)
+        verify_file(drawn, planned.output, config.verifier, golds)
+
+    first_does(describe_and_judge, "distill")
 
 
 def _select(planned: Planned) -> None:
     samples, rows = planned.path_of("samples"), _needed(planned, "rows")
-    _drop_unreported(planned.output)
-    read = None if samples is None else Path(samples)
-    select(SelectOptions(read, rows, planned.output, planned.config.select.mode), planned.config)
+
+    def choose() -> None:
+        _drop_unreported(planned.output)
+        read = None if samples is None else Path(samples)
+        select(SelectOptions(read, rows, planned.output, planned.config.select.mode), planned.config)
+
+    first_does(choose, "select")
 
 
 def _evaluate(planned: Planned) -> None:
@@ -110,7 +134,9 @@ def _evaluate(planned: Planned) -> None:
         n=stage.n or protocol.decoding.n,
         seed=config.run.seed,
     )
-    print(evaluate(asked, config))
+    path = evaluate(asked, config)
+    if is_first():
+        print(path)
 
 
 RUN_KIND = {"distill": _distill, "sft": _sft, "rl": _rl, "sample": _sample, "select": _select, "evaluate": _evaluate}

@@ -50,8 +50,8 @@ class PromptBuilder:
         cache_bytes: int = 2**30,
         decode_late: bool = False,
     ):
-        """`max_prompt_tokens` 0 = no limit. `decode_late`: pixels are decoded when they are asked for. Raises UserError for
-        an unknown template, ValueError if sizes differ.
+        """`max_prompt_tokens` 0 = no limit. `decode_late`: pixels are decoded when they are asked for. Raises UserError
+        for an unknown template, ValueError if sizes differ.
         """
         prompt_template(template_name)
         if (image_settings.patch_size, image_settings.merge_size) != (geometry.patch_size, geometry.merge_size):

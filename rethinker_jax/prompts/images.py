@@ -183,13 +183,21 @@ def image_grid(image: Image.Image, settings: ImageSettings) -> tuple[int, int, i
     """(1, h, w) in patches that `preprocess` will give, from the header alone. Raises BadImage."""
     width, height = image.size
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = _orientation(image)
     except DECODE_ERRORS as error:
         raise BadImage(f"cannot read the EXIF part of an image: {type(error).__name__}: {error}") from error
     if orientation in ON_ITS_SIDE:
         width, height = height, width
     height, width = smart_resize(height, width, settings)
     return 1, height // settings.patch_size, width // settings.patch_size
+
+
+def _orientation(image: Image.Image) -> int:
+    """What the EXIF part says, as far as it stands before the pixels.
+
+    The base class's method: that of PNG files decodes the whole picture, to find a part that may stand behind them.
+    """
+    return Image.Image.getexif(image).get(0x0112, 1)
 
 
 def num_tokens(grid: tuple[int, int, int], settings: ImageSettings) -> int:
@@ -238,7 +246,7 @@ class LatePatches:
 def late_image(image: Image.Image, ref: bytes | str, settings: ImageSettings) -> ImagePatches:
     """What `preprocess` would give, from the header of the opened image alone. Raises BadImage."""
     grid = image_grid(image, settings)
-    turned = image.getexif().get(0x0112, 1) in ON_ITS_SIDE
+    turned = _orientation(image) in ON_ITS_SIDE
     original_size = image.size[::-1] if turned else image.size
     size = grid[2] * settings.patch_size, grid[1] * settings.patch_size
     return ImagePatches(LatePatches(ref, settings, grid), grid, original_size, size)

@@ -18,7 +18,7 @@ from rethinker_jax.models.qwen25vl import Model, Params, head_dims
 from rethinker_jax.models.sharding import ROWS, TRAINING_RULES, row_shards, spec_for
 from rethinker_jax.training.layout import PackedText, TrainBatch
 
-CHUNK_BYTES = 256 * 2**20  # of float32 logits held at once on a shard
+CHUNK_BYTES: int = 256 * 2**20  # of float32 logits held at once on a shard
 
 
 def completion_log_probs(
