@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ RUN_AGAIN = 75  # exit code: the same command goes on from the last checkpoint
 PERIOD_S = 1.0  # between looks; longer in a large job, whose signs all pass through process 0
 FEW = 32  # processes: more of them look more seldom
 SILENT_S = 30.0  # a process of which nothing was heard for so long is taken for dead or frozen
+GONE_S = 30.0  # for which process 0, when all have done their work, waits for the others to go
 ROOT = "rethinker_jax"
 AGAIN = "the same command in all of them goes on from the last checkpoint"
 
@@ -62,6 +64,7 @@ class Peers:
     def __init__(self, board: Board, index: int, count: int, silent_s: float, stall_s: float):
         self.index, self.count = index, count
         self.work, self.place = 0, "starting"
+        self.stopping = False  # all have agreed to stop: who leaves is no reason to leave what is not yet written
         self._board, self._silent_s, self._stall_s = board, silent_s, stall_s
         self._host = socket.gethostname()
         self._period_s = PERIOD_S * max(1.0, count / FEW)
@@ -92,7 +95,7 @@ class Peers:
         self._note("left", {"code": 0, "message": "done", "host": self._host})
         self._await("left", self.count)
         if self.index == 0:
-            self._await("gone", self.count - 1)
+            self._await("gone", self.count - 1, GONE_S)
             self._over.set()
             return
         self._over.set()
@@ -102,8 +105,11 @@ class Peers:
         # Not by way of jax, which would call the coordinator once more, and abort where that has gone.
         os._exit(0)
 
-    def _await(self, kind: str, number: int) -> None:
-        while len(_notes(dict(self._board.key_value_dir_get(ROOT)), kind)) < number:
+    def _await(self, kind: str, number: int, most_s: float = math.inf) -> None:
+        began_at = time.monotonic()
+        while time.monotonic() - began_at < most_s:
+            if len(_notes(dict(self._board.key_value_dir_get(ROOT)), kind)) >= number:
+                return
             time.sleep(self._period_s / 5)
 
     def _note(self, kind: str, note: Mapping[str, Any]) -> None:
@@ -146,7 +152,7 @@ class Peers:
         now = time.monotonic()
         left = {number: Ending(**note) for number, note in _notes(found, "left").items()}
         for number, ending in left.items():
-            if ending.code and number != self.index:
+            if ending.code and number != self.index and not self.stopping:
                 self._end(
                     ending.code, f"process {number} of {self.count} ({ending.host}) stopped: {ending.message}", True
                 )
@@ -243,6 +249,12 @@ def at(place: str) -> None:
     """The main thread has come here: a sign that it works. Costs nothing worth counting."""
     for peers in _peers:
         peers.work, peers.place = peers.work + 1, place
+
+
+def stop_together() -> None:
+    """All processes have agreed to stop here: each ends when it has written its part."""
+    for peers in _peers:
+        peers.stopping = True
 
 
 def finish() -> None:

@@ -29,6 +29,8 @@ class StopRequest:
     def agree(self, asked: Sequence[int]) -> bool:
         """Whether the block is to end in a stop: `asked` of all processes."""
         self._agreed = max(asked)
+        if self._agreed:
+            peers.stop_together()
         return self._agreed > 0
 
     @contextlib.contextmanager

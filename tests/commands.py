@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,38 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
         )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def run_job(folder: Path, name: str, members: Sequence[Sequence[str]], devices: int) -> tuple[list[int], list[str]]:
+    """Runs the processes of a job, each with `devices` devices, in `folder`; exit codes and what each printed.
+
+    members: what follows `python`, of each. `name` is that of their logs.
+    """
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    # Compiling is most of what this costs.
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if len(members) > 1:
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+            "JAX_NUM_PROCESSES": str(len(members)),
+        }
+    logs = [folder / f"{name}-{index}.log" for index in range(len(members))]
+    job = []
+    for index, (words, log) in enumerate(zip(members, logs, strict=True)):
+        own = {"JAX_PROCESS_ID": str(index)} if len(members) > 1 else {}
+        with log.open("wb") as output:
+            job.append(
+                subprocess.Popen(
+                    [sys.executable, *words], env=environment | own, cwd=folder, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+    codes = [process.wait(TIMEOUT_S) for process in job]
+    return codes, [log.read_text() for log in logs]
 
 
 def stop_at(place: str, call: int, number: signal.Signals, *words: str | Path, log: Path) -> int:

@@ -2,10 +2,6 @@
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import REPOSITORY, TIMEOUT_S
+from commands import run_job
 from PIL import Image
 from recipes import CHAIN
 
@@ -38,31 +34,10 @@ def broken_jpeg() -> bytes:
     return file.getvalue()[:-400]
 
 
-def run_job(folder: Path, name: str, count: int) -> list[str]:
+def printed_by(folder: Path, name: str, count: int) -> list[str]:
     """What each of `count` processes printed; they share two devices, and all exit with 0."""
     (folder / name).mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    # Compiling is all that this costs.
-    environment |= {"JAX_NUM_CPU_DEVICES": str(2 // count), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    if count > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    logs = [folder / f"{name}-{index}.log" for index in range(count)]
-    job = []
-    for index, log in enumerate(logs):
-        with log.open("wb") as output:
-            job.append(
-                subprocess.Popen(
-                    [sys.executable, str(MEMBER), name],
-                    env=environment | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
-                    cwd=folder,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    codes = [process.wait(TIMEOUT_S) for process in job]
-    printed = [log.read_text() for log in logs]
+    codes, printed = run_job(folder, name, [(str(MEMBER), name)] * count, 2 // count)
     assert codes == [0] * count, printed
     return printed
 
@@ -102,8 +77,8 @@ def assert_same_lines(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
 def test_a_job_of_processes_is_one_command(folder: Path) -> None:
     """Catches a process that draws or judges on its own; rows that one leaves out and the others keep, for a picture
     that it alone decodes or for lines that it alone sees in a file; and a file or a line that two of them write."""
-    (alone_said,) = run_job(folder, "alone", 1)
-    first_said, second_said = run_job(folder, "many", 2)
+    (alone_said,) = printed_by(folder, "alone", 1)
+    first_said, second_said = printed_by(folder, "many", 2)
     alone, many = folder / "alone", folder / "many"
     assert sorted(path.relative_to(alone) for path in alone.rglob("*")) == sorted(
         path.relative_to(many) for path in many.rglob("*")

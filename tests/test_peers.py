@@ -9,17 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import REPOSITORY, free_port
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.roll_call import call_the_roll
 
 MEMBER = Path(__file__).parent / "job_member.py"
 GOES_ON = "the same command in all of them goes on from the last checkpoint"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def run_job(fault: str, index: int) -> tuple[list[int], list[str], float]:
@@ -31,7 +27,7 @@ def run_job(fault: str, index: int) -> tuple[list[int], list[str], float]:
     job = [
         subprocess.Popen(
             [sys.executable, str(MEMBER), fault, str(index)],
-            env=os.environ | shared | {"JAX_PROCESS_ID": str(number), "PYTHONPATH": str(MEMBER.parent.parent)},
+            env=os.environ | shared | {"JAX_PROCESS_ID": str(number), "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

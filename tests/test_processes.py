@@ -1,11 +1,6 @@
 """Training in several processes: the numbers of one, through a stop and a start with another number of processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,7 @@ import orbax.checkpoint as ocp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import REPOSITORY, STOPS_ITSELF, TIMEOUT_S
+from commands import STOPS_ITSELF, run_job
 
 from rethinker_jax.example.dataset import write_split
 from rethinker_jax.step_metrics import CLOCKS
@@ -33,34 +28,6 @@ reward: {consistency: {weight: 0.5, ema_every: 2}}
 evaluation: {num_problems: 3, num_sampled_problems: 0, batch_size: 4}
 """
 MAIN = ("-m", "rethinker_jax.main")
-
-
-def run_job(
-    folder: Path, count: int, devices: int, words: Sequence[str], scripts: dict[int, Sequence[str]] | None = None
-) -> tuple[list[int], list[str]]:
-    """Exit codes of `count` processes with `devices` devices each, and what they printed. scripts: of some, another."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
-    # Compiling is all that this costs.
-    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    if count > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    logs = [folder / f"{words[-1].replace('=', '-')}-{count}-{index}.log" for index in range(count)]
-    job = []
-    for index, log in enumerate(logs):
-        with log.open("wb") as output:
-            job.append(
-                subprocess.Popen(
-                    [sys.executable, *(scripts or {}).get(index, MAIN), *words],
-                    env=environment | ({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
-                    cwd=folder,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    codes = [process.wait(TIMEOUT_S) for process in job]
-    return codes, [log.read_text() for log in logs]
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
@@ -109,18 +76,18 @@ def test_a_job_of_processes_is_one_run(folder: Path) -> None:
     Catches a process that draws, judges, replays or counts on its own; a picture that one of them finds bad and the
     others keep; a stop that only its hearer follows; a checkpoint that only as many processes can read.
     """
-    words = ["train", "small.yaml", "--mesh", "run.dir=alone"]
-    codes, printed = run_job(folder, 1, 4, words)
+    words = ("train", "small.yaml", "--mesh", "run.dir=alone")
+    codes, printed = run_job(folder, "alone", [(*MAIN, *words)], 4)
     assert codes == [0], printed
 
-    words[-1] = "run.dir=many"
-    stops = (str(STOPS_ITSELF), "rethinker_jax.loop:learn", "1", "SIGTERM")
-    codes, printed = run_job(folder, 2, 2, words, {1: stops})
+    words = (*words[:-1], "run.dir=many")
+    stops = (str(STOPS_ITSELF), "rethinker_jax.loop:learn", "1", "SIGTERM", *words)
+    codes, printed = run_job(folder, "two", [(*MAIN, *words), stops], 2)
     assert codes == [75, 75], printed
     assert sorted(path.name for path in (folder / "many" / "checkpoints").iterdir()) == ["1"]
     assert not (folder / "many" / "summary.json").exists()
 
-    codes, printed = run_job(folder, 4, 1, words)
+    codes, printed = run_job(folder, "four", [(*MAIN, *words)] * 4, 1)
     assert codes == [0, 0, 0, 0], printed
     alone, many = folder / "alone", folder / "many"
     assert rollouts_of(alone) == rollouts_of(many)  # token for token, with verdicts and advantages
