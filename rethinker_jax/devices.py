@@ -186,5 +186,6 @@ def _program(config: Config) -> dict[str, str]:
     return {
         "version of rethinker_jax": __version__,
         "version of jax": jax.__version__,
+        "command line": " ".join(peers.COMMAND)[:1000],
         "config": hash_of([config])[:12],
     }

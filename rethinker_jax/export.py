@@ -22,7 +22,7 @@ from rethinker_jax.evaluation.trained import COMPANIONS, checkpoint_of, load_tra
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.weights import checkpoint_bytes, save_params
-from rethinker_jax.processes import is_first
+from rethinker_jax.processes import first_says, is_first
 from rethinker_jax.training.checkpoint import CheckpointStore
 from rethinker_jax.validation import best_step
 
@@ -41,7 +41,6 @@ def export(source: Path, output: Path, checkpoint: str | None = None) -> Path:
             f"export: wanted a run directory with config.yaml and checkpoints/, or one of its checkpoints; "
             f"came {source}."
         )
-    found = found[0], _step_of(*found, checkpoint)
     config = dataclasses.replace(load_config(found[0] / "config.yaml", []), mesh=MeshConfig())
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +48,7 @@ def export(source: Path, output: Path, checkpoint: str | None = None) -> Path:
     except OSError as error:
         raise UserError(f"export: --output {output}: cannot be written ({error.strerror}).") from error
     start_jax(config)
+    found = found[0], first_says(_step_of(*found, checkpoint))
     system, params = load_trained(checkpoint_of(*found, config))
     write_model_directory(system.directory, output, system.model.config, system.merged_params(params))
     if is_first():

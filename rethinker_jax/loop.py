@@ -19,7 +19,7 @@ from rethinker_jax.experience import loss_of, make_batches, trainer_log_probs
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
-from rethinker_jax.processes import exchange
+from rethinker_jax.processes import exchange, first_says
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
@@ -173,7 +173,7 @@ def begin(
     rows_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     num_updates = config.run.num_steps * (rows_per_step // config.training.batch_size)
     updater = make_updater(config, system, num_updates, loss_of(config, system))
-    if store.latest_step is None:
+    if first_says(store.latest_step) is None:
         return updater, Progress(0, updater.init(system.params), (), None, started, config.loss.kl_coefficient)
     shapes = updater.shapes(system.params)
     system.drop_params()

@@ -26,6 +26,10 @@ MEMORY_LEVERS = (
     "model.remat=full, model.lora.rank or model.freeze (docs/recipes.md, Memory)."
 )
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^\s=]+)?=.*", re.DOTALL)
+# How jax's runtime begins its errors, which come as several types, ValueError among them.
+_RUNTIME = re.compile(
+    r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS):"
+)
 _WORDS_HELP = """\
 CONFIG.yaml        a YAML file, or package:NAME for one that comes with the package
 section.key=value  overrides one key; may stand anywhere and be repeated, the last one holds
@@ -169,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
+    peers.COMMAND[:] = words
     try:
         name, rest = _split_command(_join_mesh(words))
         if words == ["--version"]:
@@ -193,6 +198,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         # Whoever read our output has enough; without this the interpreter would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        peers.leave(1, "its standard output was closed")
         return 0
     except (OSError, RuntimeError, ValueError) as error:
         if _is_disk_full(error):
@@ -202,7 +208,8 @@ def _run(arguments: Sequence[str] | None) -> int:
             said = str(error).partition("\n")[0].rstrip(".")
             print(f"error: the device's memory does not suffice: {said}. {MEMORY_LEVERS}", file=sys.stderr)
         else:
-            peers.await_verdict()  # a collective fails where another process ends
+            if _RUNTIME.match(str(error)):
+                peers.await_verdict()  # a collective fails where another process ends
             raise
         peers.leave(2, f"error: {error}")
         return 2

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from rethinker_jax.errors import UserError
 
@@ -64,6 +63,8 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _keep_before(self.path, first_step)
+        from tensorboardX import SummaryWriter  # here, because it imports torch where that is installed
+
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
 

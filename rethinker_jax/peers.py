@@ -196,6 +196,7 @@ def _notes(found: Mapping[str, str], kind: str) -> dict[int, dict[str, Any]]:
     return {int(key.removeprefix(prefix)): json.loads(note) for key, note in found.items() if key.startswith(prefix)}
 
 
+COMMAND: list[str] = []  # the words of this process's command line, which have to be the same in all
 _peers: list[Peers] = []  # of this process: none, or one
 
 

@@ -5,19 +5,21 @@ say who they are. It answers all of them at once, when the last one has called o
 """
 
 import json
+import select
 import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from rethinker_jax.errors import UserError
+from rethinker_jax.errors import Stopped, UserError
 
 MOST_BYTES = 1 << 16  # of one message
 RETRY_S = 0.2
 
 
 def call_the_roll(address: str, index: int, count: int, program: Mapping[str, str], timeout_s: float) -> None:
-    """Return in all processes once all are there. Raises UserError, which names who is missing or different.
+    """Return in all processes once all are there. Raises UserError, which names who is different, and Stopped with 75
+    for one who is missing: it may be on its way.
 
     address: HOST:PORT of process 0, the same in all. program: what has to be the same in all (versions, config), by
     what it is called.
@@ -43,16 +45,16 @@ def _listen(port: int, address: str, own: Mapping[str, Any], deadline: float, ti
             f"process 0 cannot listen at {address} ({error.strerror}). Name an address of this host with a port that "
             "is free; another job may be using it."
         ) from error
-    callers: list[socket.socket] = []
-    seen: dict[int, str] = {}  # their numbers and hosts
-    trouble = ""
+    callers: dict[int, tuple[socket.socket, str]] = {}  # number → connection, host
+    trouble, code = "", 2
     with server:
         while len(callers) < count - 1 and not trouble:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = ", ".join(str(number) for number in range(1, count) if number not in seen)
+                missing = ", ".join(str(number) for number in range(1, count) if number not in callers)
+                code = 75
                 trouble = (
                     f"waited {timeout_s:.0f} s at {address} for {count} processes; missing: {missing}. Start them all "
                     "with the same address and number of processes, or set JAX_NUM_PROCESSES to how many there are."
@@ -63,14 +65,30 @@ def _listen(port: int, address: str, own: Mapping[str, Any], deadline: float, ti
             if hello is None:
                 connection.close()
                 continue
-            trouble = _difference(own, hello, seen)
-            seen[hello["index"]] = hello["host"]
-            callers.append(connection)
-    for connection in callers:
+            index = hello["index"]
+            if index in callers and _has_gone(callers[index][0]):
+                callers.pop(index)[0].close()  # it was started again
+            trouble = _difference(own, hello, {number: host for number, (_, host) in callers.items()})
+            if trouble:
+                _write(connection, {"error": trouble, "code": code})
+                connection.close()
+                break
+            callers[index] = connection, hello["host"]
+    for connection, _ in callers.values():
         with connection:
-            _write(connection, {"error": trouble})
+            _write(connection, {"error": trouble, "code": code})
     if trouble:
-        raise UserError(trouble)
+        raise _ending(trouble, code)
+
+
+def _ending(why: str, code: int) -> Exception:
+    return UserError(why) if code == 2 else Stopped(why, code)
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the caller has hung up: it says nothing more, so that there is something to read means its end."""
+    readable, _, _ = select.select([connection], [], [], 0)
+    return bool(readable)
 
 
 def _difference(own: Mapping[str, Any], hello: Mapping[str, Any], seen: Mapping[int, str]) -> str:
@@ -106,11 +124,12 @@ def _call(host: str, port: int, hello: Mapping[str, Any], deadline: float, timeo
             time.sleep(RETRY_S)
             continue
         if answer["error"]:
-            raise UserError(str(answer["error"]))
+            raise _ending(str(answer["error"]), 75 if answer.get("code") == 75 else 2)
         return
-    raise UserError(
+    raise Stopped(
         f"process {hello['index']} waited {timeout_s:.0f} s for process 0 at {host}:{port} ({why}). Start it, or "
-        "correct the coordinator's address."
+        "correct the coordinator's address.",
+        75,
     )
 
 
@@ -126,8 +145,10 @@ def _read(connection: socket.socket) -> dict[str, Any] | None:
 
 
 def _read_line(connection: socket.socket) -> dict[str, Any] | None:
-    data = b""
+    """One message. Raises OSError where it does not come within the connection's timeout, all of it."""
+    data, until = b"", time.monotonic() + (connection.gettimeout() or 0)
     while not data.endswith(b"\n") and len(data) <= MOST_BYTES:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
         piece = connection.recv(4096)
         if not piece:
             return None

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from rethinker_jax.config import Config
 from rethinker_jax.curation.curriculum import CurriculumOrder, easiness_of
 from rethinker_jax.errors import UserError
-from rethinker_jax.processes import exchange, is_mine
+from rethinker_jax.processes import check_same, exchange, is_mine
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
@@ -52,10 +53,24 @@ def load_splits(config: Config, run: RunDirectory) -> Splits:
     settings = config.evaluation
     count = max(settings.num_problems, settings.num_sampled_problems)
     test = load_problems(config, config.data.test, run)[:count] if count else ()
-    if not settings.validate_every:
-        return Splits(train, test)
-    validation = load_problems(config, config.data.validation, run)
-    return Splits(train, test, validation[: settings.num_validation_problems or None])
+    validation: tuple[Problem, ...] = ()
+    if settings.validate_every:
+        validation = load_problems(config, config.data.validation, run)
+    splits = Splits(train, test, validation[: settings.num_validation_problems or None])
+    check_rows(config, splits)
+    return splits
+
+
+def check_rows(config: Config, splits: Splits) -> None:
+    """Raises UserError where the processes of a job read different rows: each works on its own by their numbers."""
+    for key, problems in (("train", splits.train), ("test", splits.test), ("validation", splits.validation)):
+        check_same(f"data.{key}", lambda problems=problems: hash_of(map(_content, problems)))
+
+
+def _content(problem: Problem) -> tuple[object, ...]:
+    """What a row holds; of a picture, how it is called or how long it is."""
+    images = [len(image) if isinstance(image, bytes) else Path(image).name for image in problem.images]
+    return problem.id, problem.question, problem.answer, problem.choices, problem.type, images
 
 
 def load_problems(config: Config, source: str, run: RunDirectory) -> tuple[Problem, ...]:

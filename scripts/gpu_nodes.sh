@@ -78,7 +78,9 @@ loop() {
             wait "$child" || code=$?
         done
         echo "$code" >runs/gpu_node.code
-        [ "$code" = 75 ] && [ -z "$stopped" ] || exit "$code"
+        # Killed and aborted (137, 134, 142): the processes beside it wait for it to come back.
+        case $code in 75 | 134 | 137 | 142) ;; *) exit "$code" ;; esac
+        [ -z "$stopped" ] || exit "$code"
         sleep "${RESTART_SECONDS:-10}" &
         wait $! || true
         [ -z "$stopped" ] || exit "$code"

@@ -71,8 +71,11 @@ while kill -0 "$srun" 2>/dev/null; do
     code=0
     wait "$srun" || code=$?
 done
-if [ "$code" = 75 ]; then
-    echo "stopped with a checkpoint saved: into the queue again"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# srun gives the highest code: 137, 134 or 142 where a process was killed or aborted and the others left with 75.
+case $code in
+    75 | 134 | 137 | 142)
+        echo "stopped with $code, to go on from the last checkpoint: into the queue again"
+        scontrol requeue "$SLURM_JOB_ID"
+        ;;
+esac
 exit "$code"

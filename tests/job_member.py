@@ -32,7 +32,7 @@ def meet_fault() -> None:
     if FAULT == "bad_input":
         raise UserError("the disk of this host is full")
     if FAULT == "defect":
-        raise ZeroDivisionError("a defect")
+        raise ValueError("a defect")
     if FAULT == "stop":
         raise Stopped("asked to stop (SIGTERM)", 75)
 

@@ -1,10 +1,11 @@
 """Damaged checkpoints: what is noticed, what a run then goes on from, and what is left as it was."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.training.checksums import describe_tree
 from rethinker_jax.training.update import TrainState
+
+# When a read fails, orbax leaves the others where they are, and Python finds that out at some later time.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:coroutine .* was never awaited:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_to_others() -> Generator[None]:
+    yield
+    gc.collect()
+
 
 REWARDS = {1: 0.25, 2: 0.75, 3: 0.5}
 MANIFEST = {"config": "0123", "commit": "4567", "versions": {"jax": "1"}}

@@ -266,7 +266,7 @@ ONE_HOST = {"worker-network-endpoints": "10.0.0.1", "agent-worker-number": "0", 
 def test_words_survive_two_shells_and_a_file(tools: Path):
     words, units = worker(tools, ONE_HOST, CONFIG, "--mesh", "fsdp=4", HARD, "model.path=/a b")
     assert words == ["", "", "", "-m", "rethinker_jax.main", CONFIG, "--mesh", "fsdp=4", HARD, "model.path=/a b"]
-    assert "RestartForceExitStatus=75\n" in units["rethinker.service"]
+    assert "RestartForceExitStatus=75 SIGKILL SIGABRT SIGALRM\n" in units["rethinker.service"]
     assert "\nUser=me\n" in units["rethinker.service"]
 
 
@@ -453,13 +453,14 @@ def test_slurm_directives_come_first():
     ("srun", "code", "wanted"),
     [
         ("exit 75", 75, ["scontrol requeue 7"]),
+        ("exit 137", 137, ["scontrol requeue 7"]),  # killed; the others left with 75
         ("exit 2", 2, []),
         ("exit 0", 0, []),
         # The time is up: USR1 comes to the script, SIGTERM goes to the steps, and they save for a moment.
         ("kill -USR1 $PPID; sleep 0.3; exit 75", 75, ["scancel --signal=TERM 7", "scontrol requeue 7"]),
     ],
 )
-def test_slurm_requeues_after_75_alone(tools: Path, tmp_path: Path, srun: str, code: int, wanted: list[str]):
+def test_slurm_requeues_what_can_go_on(tools: Path, tmp_path: Path, srun: str, code: int, wanted: list[str]):
     program(tools, "srun", f'echo "$JAX_LOCAL_DEVICE_IDS" > {tmp_path}/ids; {srun}')
     for name in ("scancel", "scontrol"):
         program(tools, name, f'echo {name} "$@" >> {tmp_path}/ran')

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import REPOSITORY, free_port
 
-from rethinker_jax.errors import UserError
+from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.roll_call import call_the_roll
 
 MEMBER = Path(__file__).parent / "job_member.py"
@@ -57,7 +57,7 @@ def test_a_job_without_a_fault_ends_well_in_all_processes() -> None:
         ("frozen", 75, "process {index} of 2"),
         ("hangs", 75, "furthest behind is process {index} of 2"),
         ("bad_input", 2, "error: the disk of this host is full"),
-        ("defect", 1, "ZeroDivisionError: a defect"),
+        ("defect", 1, "ValueError: a defect"),
         ("stop", 75, "asked to stop (SIGTERM)"),
     ],
 )
@@ -83,7 +83,7 @@ def in_threads(address: str, hellos: list[tuple[int, int, dict[str, str]]], time
         index, count, program = hellos[place]
         try:
             call_the_roll(address, index, count, program, timeout_s)
-        except UserError as error:
+        except (UserError, Stopped) as error:
             told[place] = str(error)
 
     threads = [threading.Thread(target=call, args=(place,)) for place in range(len(hellos))]
@@ -111,8 +111,7 @@ def test_the_roll_is_called_and_everybody_is_there() -> None:
 def test_the_roll_names_who_is_missing_or_different(hellos: list[tuple[int, int, dict[str, str]]], said: str) -> None:
     """Catches a job that would hang in its first collective, and one of two configs."""
     told = in_threads(f"127.0.0.1:{free_port()}", hellos, 3)
-    assert all(said in text for text in told if "waited" not in text or said in text), told
-    assert said in told[0], told
+    assert all(said in text for text in told), told
 
 
 def test_a_caller_without_process_0_gives_up_in_time() -> None:

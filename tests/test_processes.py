@@ -115,3 +115,44 @@ def test_a_job_of_processes_is_one_run(folder: Path) -> None:
     # One of them prints, and one report is written.
     assert "accuracy, greedy" in printed[0] and not any("accuracy" in text for text in printed[1:]), printed
     assert (many / "report.html").is_file()
+
+    # One file of the newest checkpoint is cut, which one process alone reads; the others wait for it in orbax.
+    files = [path for path in (many / "checkpoints/2/state/ocdbt.process_1/d").iterdir() if path.stat().st_size]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    longer = (*words, "run.num_steps=3")
+    codes, printed = run_job(folder, "damaged", [(*MAIN, *longer)] * 2, 2)
+    assert codes == [75, 75] and any("moved to 2.damaged" in text for text in printed), printed
+    assert sorted(path.name for path in (many / "checkpoints").iterdir()) == ["1", "2.damaged"]
+
+
+def test_fine_tuning_in_processes_is_one_run(folder: Path) -> None:
+    """Catches a validation whose scores lie with the other process, and rows that are encoded or left out apart."""
+    words = ("sft", "small.yaml", "--mesh", "sft.data=example:sft-clean", "sft.num_steps=2", "sft.batch_size=4")
+    words += ("sft.validation_fraction=0.01", "sft.validation_rows=4", "sft.validate_every=1")
+    codes, printed = run_job(folder, "sft-alone", [(*MAIN, *words, "run.dir=sft-alone")], 2)
+    assert codes == [0], printed
+    codes, printed = run_job(folder, "sft-two", [(*MAIN, *words, "run.dir=sft-two")] * 2, 1)
+    assert codes == [0, 0], printed
+    one, other = metrics_of(folder / "sft-alone"), metrics_of(folder / "sft-two")
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys() and "validation_nll" in mine
+        np.testing.assert_allclose([theirs[key] for key in mine], list(mine.values()), rtol=2e-4, atol=1e-6)
+    assert (folder / "sft-two/model/model.safetensors").is_file()
+
+
+ELSEWHERE = "import os, runpy; os.chdir('other'); runpy.run_module('rethinker_jax.main', run_name='__main__')"
+
+
+def test_other_rows_in_one_process_are_refused(folder: Path) -> None:
+    """Catches processes that number different rows alike: each would judge and learn other problems than its peers."""
+    table = pq.read_table(folder / "train.parquet")
+    other = folder / "other"
+    other.mkdir()
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), other / "train.parquet")
+    (other / "test.parquet").write_bytes((folder / "test.parquet").read_bytes())
+    (other / "small.yaml").write_text(CONFIG)
+    words = ("train", "small.yaml", "--mesh", f"run.dir={folder / 'refused'}")
+    codes, printed = run_job(folder, "rows", [(*MAIN, *words), ("-c", ELSEWHERE, *words)], 1)
+    assert codes == [2, 2], printed
+    assert any("data.train: process 1 of 2 reads other than process 0" in text for text in printed), printed

@@ -8,6 +8,7 @@ import numpy as np
 from rethinker_jax.prompts.images import (
     BadImage,
     ImageSettings,
+    LatePatches,
     image_grid,
     late_image,
     load_image,
@@ -92,7 +93,8 @@ class PromptBuilder:
         """Decode the images of a prompt, where that was put off. Raises BadPrompt."""
         try:
             for image in prompt.images:
-                image.patches[:0]
+                if isinstance(image.patches, LatePatches):
+                    image.patches.decoded()
         except BadImage as error:
             raise BadPrompt("bad_image", f"problem {prompt.problem.id!r}: {error}") from error
 

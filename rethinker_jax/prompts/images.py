@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from rethinker_jax.errors import UserError
+from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.json_values import mapping, number, read_object, three_numbers, whole
 from rethinker_jax.types import ImagePatches
 
@@ -155,6 +155,7 @@ def load_image(ref: bytes | str) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except DECODE_ERRORS as error:
+        image.close()
         name = f"{len(ref)} bytes" if isinstance(ref, bytes) else ref
         raise BadImage(f"cannot decode image {name}: {type(error).__name__}: {error}") from error
 
@@ -219,7 +220,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class LatePatches:
     """Patches of an image whose header alone was read; it is decoded when the first rows are asked for.
 
-    Asking raises BadImage where it cannot be decoded, or is no longer what its header said.
+    `decoded` raises BadImage where it cannot be, or is not what its header said: a PNG may tell behind its pixels that
+    it lies on its side. Rows are asked for when others rely on them: Stopped ends the run where they are gone since.
     """
 
     def __init__(self, ref: bytes | str, settings: ImageSettings, grid: tuple[int, int, int]):
@@ -232,7 +234,12 @@ class LatePatches:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        return self.decoded()[rows]
+        try:
+            return self.decoded()[rows]
+        except BadImage as error:
+            raise Stopped(
+                f"{error}; it was there a moment ago. Started again, the run leaves its row out", 75
+            ) from error
 
     def decoded(self) -> np.ndarray:
         if self._patches is None:

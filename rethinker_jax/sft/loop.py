@@ -21,7 +21,7 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.parts import count_parameters
-from rethinker_jax.processes import exchange, is_mine
+from rethinker_jax.processes import check_same, exchange, first_says, is_mine
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import BadRow
 from rethinker_jax.prompts.order import DataOrder
@@ -98,6 +98,7 @@ def fine_tune(config: Config, name: str) -> Path:
         if not is_finished(config.sft, run.read_summary()) or not model.is_dir():
             start_jax(config)
             split = open_split(config, functools.partial(_note, run, config))
+            check_same("sft.data", lambda: [split.train.count, split.train.hash, len(split.validation)])
             num_steps = count_steps(config.sft, split.train.count)
             with open_evaluator(config, run) as evaluator:
                 system = load_system(config)
@@ -141,7 +142,7 @@ def begin(setup: Setup, store: CheckpointStore, started: float) -> tuple[Updater
     """The state at the first step, or at the last checkpoint."""
     config, system, rows = setup.config, setup.system, setup.split.train
     updater = make_updater(config, system, setup.num_steps, SFT_LOSS)
-    if store.latest_step is None:
+    if first_says(store.latest_step) is None:
         return updater, Progress(0, updater.init(system.params), started)
     shapes = updater.shapes(system.params)
     system.drop_params()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.qwen25vl import Params
@@ -49,4 +50,7 @@ def _scores(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Ar
     chunk = max(1, CHUNK_BYTES // (4 * model.config.vocab))
     found = jax.lax.map(one_place, (states.swapaxes(0, 1), batch.target_ids.swapaxes(0, 1)), batch_size=chunk)
     log_probs, hits = (one.swapaxes(0, 1).reshape(-1)[batch.token_index] for one in found)
+    if model.mesh is not None:  # every process wants all of them
+        whole = NamedSharding(model.mesh, PartitionSpec())
+        log_probs, hits = (jax.lax.with_sharding_constraint(one, whole) for one in (log_probs, hits))
     return log_probs, hits

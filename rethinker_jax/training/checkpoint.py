@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -18,8 +18,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rethinker_jax import peers
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.output_files import write_whole
+from rethinker_jax.processes import first_says
 from rethinker_jax.training.checksums import describe_arrays, describe_tree, expected_of, hash_of_json
 from rethinker_jax.training.update import TrainState
 
@@ -114,23 +116,36 @@ class CheckpointStore:
         Damaged ones behind it are said on stderr and moved aside, where this store writes. Raises UserError if it does
         not fit `like`, if that of `step` is damaged, and if all are; then nothing is moved.
         """
-        wanted = self.steps[::-1] if step is None else [step]
+        wanted = first_says(self.steps[::-1]) if step is None else [step]
         damaged: dict[int, str] = {}
         for one in wanted:
-            why, saved = "another process could not read it", None
             try:
                 saved = self._read(one, like, mesh)
             except Damaged as error:
-                why = str(error)
-            if _all_agree(saved is not None) and saved is not None:
+                if peers.watched():
+                    self._end_job(one, str(error))
+                damaged[one] = str(error)
+            else:
                 self._leave_behind(damaged, one)
                 return saved
-            damaged[one] = why
         others = ", ".join(str(one) for one in self.steps if one not in damaged)
         raise UserError(
             "; ".join(f"{self.directory / str(one)} is damaged: {why}" for one, why in damaged.items())
             + (f". There are others: {others}; name one of them." if others else ". No complete checkpoint is left. ")
             + ("" if others else "Nothing was changed: put the files back, or name another run.dir to begin anew.")
+        )
+
+    def _end_job(self, step: int, why: str) -> NoReturn:
+        """What one process of several found alone: the others wait for it to go on reading, so there is no other way
+        back than to start again, from the checkpoint before. Raises Stopped, and UserError where nothing is moved."""
+        path = self.directory / str(step)
+        if not self._writes:
+            raise UserError(f"{path} is damaged: {why}. Name another checkpoint.")
+        aside = _free_name(self.directory / f"{step}.damaged")
+        with contextlib.suppress(OSError):  # another process may have found it too
+            os.replace(path, aside)
+        raise Stopped(
+            f"{path} is damaged ({why}), moved to {aside.name}; started again, the run goes on without it", 75
         )
 
     def _read(self, step: int, like: TrainState, mesh: Mesh) -> Saved:
@@ -236,11 +251,6 @@ def _target(mesh: Mesh) -> Callable[[jax.Array | jax.ShapeDtypeStruct], jax.Shap
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return target
-
-
-def _all_agree(mine: bool) -> bool:
-    """Whether every process says yes: they must go on from the same checkpoint."""
-    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(mine)).all())
 
 
 def _mend_rewards(directory: Path) -> None:
