@@ -108,9 +108,9 @@ def _join_job(config: Config) -> None:
     """Joins the other processes of a job, if a launcher started this one, and begins to watch them.
 
     Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; else what srun and mpirun set for more
-    than one process, and on TPU hosts what the machine's metadata say. Raises UserError, within
-    RETHINKER_JOIN_TIMEOUT_S seconds (300), where a process is missing or does not belong to the job. A job that has not
-    moved for RETHINKER_STALL_TIMEOUT_S (3600: compiling a large program takes minutes) is ended.
+    than one process, and on TPU hosts what the machine's metadata say. Raises UserError where a process does not belong
+    to the job, and Stopped where one is missing after RETHINKER_JOIN_TIMEOUT_S seconds (300). A job that has not moved
+    for RETHINKER_STALL_TIMEOUT_S (3600: compiling a large program takes minutes) is ended.
     """
     found = _job_of_environment() or _job_of_launcher()
     if found is None:

@@ -115,9 +115,7 @@ def run_steps(
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
             shown.phase("evaluation before")
-            found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
-            run.write_evaluation("before", found.groups)
-            progress.before = found.scores
+            progress.before = evaluate_and_keep("before", config, system, progress.state, test, scorer, run).scores
         if validation.is_due(config, 0) and progress.validation_before is None:
             shown.phase("validation before")
             progress.validation_before = validation.measure(
@@ -131,9 +129,10 @@ def run_steps(
                 measured = None
                 if validation.is_due(config, progress.step):
                     shown.phase("validation")
-                    began = time.monotonic()
-                    measured = validation.measure(config, system, splits.validation, progress.state, scorer, run)
-                    metrics |= validation.as_metrics(measured, time.monotonic() - began)
+                    measured, added = validation.measure_step(
+                        config, system, splits.validation, progress.state, scorer, run
+                    )
+                    metrics |= added
                     shown.note(validation.as_line(progress.step, measured))
                 ringing, said = watch.look(progress.step - 1, metrics)
                 metrics |= ringing
@@ -152,13 +151,27 @@ def run_steps(
                     due = False
                 shown.update(progress.step, {name: metrics[name] for name in SHOWN})
         shown.phase("evaluation after")
-        found = evaluate(system, system.sampling_params(progress.state.params), test, config, scorer)
-        run.write_evaluation("after", found.groups)
+        found = evaluate_and_keep("after", config, system, progress.state, test, scorer, run)
     store.wait()
     if not run.writes:
         return
     left_out = health.rows_left_out(run.path / "bad_rows.jsonl")
     run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)) | {"rows_left_out": left_out})
+
+
+def evaluate_and_keep(
+    when: str,
+    config: Config,
+    system: System,
+    state: TrainState,
+    prompts: Sequence[Prompt],
+    scorer: Scorer,
+    run: RunDirectory,
+) -> Evaluation:
+    """The evaluation `before` or `after`, its samples left in the run."""
+    found = evaluate(system, system.sampling_params(state.params), prompts, config, scorer)
+    run.write_evaluation(when, found.groups)
+    return found
 
 
 def is_recorded(config: Config, step: int) -> bool:

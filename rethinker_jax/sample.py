@@ -33,7 +33,7 @@ from rethinker_jax.output_files import (
 )
 from rethinker_jax.processes import check_same, first_says, is_first
 from rethinker_jax.prompts.dataset import read_problems
-from rethinker_jax.run_data import agreed, build_prompts
+from rethinker_jax.run_data import agreed, build_prompts, rows_hash
 from rethinker_jax.sampling.sampler import Budgets, Drawn, Request
 from rethinker_jax.system import System, load_system, make_updater, model_directory
 from rethinker_jax.training.batch import pack_micro_batches
@@ -234,7 +234,7 @@ def _configured(config: Config, model: str, template: str) -> Config:
 def _problems(source: str, config: Config) -> Sequence[Problem]:
     limit = config.run.max_bad_rows
     found = read_problems(source, image_root=config.data.image_root, max_bad_rows=limit, answers=False)
-    check_same(source, lambda: hash_of((one.id, one.question, len(one.images)) for one in found.problems))
+    check_same(source, lambda: rows_hash(found.problems))
     if is_first():
         for row in found.bad_rows:
             print(f"left out ({row.kind}): {row.where}: {row.why}", file=sys.stderr)

@@ -5,6 +5,7 @@ Checkpoints are named by the steps done before them: the line of `metrics.jsonl`
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def measure(
             f"{run.path / 'bad_rows.jsonl'}."
         )
     return mean_scores(system, system.sampling_params(state.params), prompts, config, scorer)
+
+
+def measure_step(
+    config: Config, system: System, problems: Sequence[Problem], state: TrainState, scorer: Scorer, run: RunDirectory
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What `measure` gives, and as metrics of the step behind which it was measured, with the seconds it took."""
+    began = time.monotonic()
+    measured = measure(config, system, problems, state, scorer, run)
+    return measured, as_metrics(measured, time.monotonic() - began)
 
 
 def as_metrics(measured: Mapping[str, float], seconds: float) -> dict[str, float]:

@@ -41,12 +41,12 @@ from rethinker_jax.output_files import (
     check_asked,
     check_writable,
     finished_lines,
-    hash_of,
     versions,
 )
 from rethinker_jax.processes import check_same, first_says, is_first
 from rethinker_jax.prompts.images import ImageSettings
 from rethinker_jax.prompts.template import prompt_template
+from rethinker_jax.run_data import rows_hash
 from rethinker_jax.sample import PACE, prompts_at_once
 from rethinker_jax.stopping import listening
 from rethinker_jax.verify.pool import VerifierPool
@@ -68,7 +68,7 @@ def evaluate(options: EvaluateOptions, config: Config) -> Path:
             f"{options.benchmark}: nothing to ask: of {len(found.items)} items the protocol {protocol.name} keeps "
             f"{len(asks)}, and shard {options.shard[0]}/{options.shard[1]} has none of them."
         )
-    check_same(options.benchmark, lambda: hash_of((one.item.problem.id, one.problem.question) for one in asks))
+    check_same(options.benchmark, lambda: rows_hash(one.problem for one in asks))
     trained = find_model(config)
     asked: Row = {}
     if is_first():

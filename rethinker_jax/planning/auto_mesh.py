@@ -1,4 +1,7 @@
-"""The mesh of `--mesh auto`: the search of `search.py` for the devices that are there."""
+"""The search of `search.py` for the devices that are there: what `--mesh auto` is to call. It does not yet.
+
+In a job of several processes the memory of all has to be compared first: each looks at its own.
+"""
 
 import os
 
@@ -18,8 +21,8 @@ UNKNOWN = Speeds(flops=1e12, memory=1e11, links=1e10)
 def choose_mesh(config: Config) -> MeshConfig:
     """The quickest mesh of all visible devices on which the config is estimated to fit. Compiles nothing.
 
-    Every process of a job finds the same one, for it hangs on the config, the kind of the devices and their memory
-    alone. Raises UserError where nothing fits.
+    It hangs on the config, the kind of the devices and the memory of this process's own. Raises UserError where nothing
+    fits.
     """
     model = find_model(config.model.path)
     devices = jax.devices()

@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -20,12 +19,11 @@ from rethinker_jax.health import PREFIX, alarm_words, alarms_in, left_out_words
 from rethinker_jax.report.charts import HERO, SFT_HERO, SPECS, Chart, draw, rest_of, thin
 from rethinker_jax.report.read import Group, Run, as_int, as_mapping, as_number, as_text
 from rethinker_jax.report.subset import Subset, choose_rollouts, script_json
+from rethinker_jax.terminal import CONTROL
 
 MAX_PAGE_BYTES = 15_000_000
 MAX_TEXT = 100_000  # characters of config.yaml and summary.json shown
 MAX_REST_CHARTS = 60
-# Characters that would not be seen, or would move others: those that rollouts.js spells out.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
