@@ -110,7 +110,7 @@ def run_steps(
 ) -> None:
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
     test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
-    order = data_order(config, splits.train)
+    order, held_out = data_order(config, splits.train), splits.validation
     with RunProgress(config.run.num_steps, progress.step, title=name, quiet=not run.writes) as shown:
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
@@ -118,9 +118,7 @@ def run_steps(
             progress.before = evaluate_and_keep("before", config, system, progress.state, test, scorer, run).scores
         if validation.is_due(config, 0) and progress.validation_before is None:
             shown.phase("validation before")
-            progress.validation_before = validation.measure(
-                config, system, splits.validation, progress.state, scorer, run
-            )
+            progress.validation_before = validation.measure(config, system, held_out, progress.state, scorer, run)
         shown.phase("training")
         watch, due = health.Watch(config, log.path, progress.step), False
         while progress.step < config.run.num_steps:
@@ -129,9 +127,7 @@ def run_steps(
                 measured = None
                 if validation.is_due(config, progress.step):
                     shown.phase("validation")
-                    measured, added = validation.measure_step(
-                        config, system, splits.validation, progress.state, scorer, run
-                    )
+                    measured, added = validation.measure_step(config, system, held_out, progress.state, scorer, run)
                     metrics |= added
                     shown.note(validation.as_line(progress.step, measured))
                 ringing, said = watch.look(progress.step - 1, metrics)
@@ -153,10 +149,9 @@ def run_steps(
         shown.phase("evaluation after")
         found = evaluate_and_keep("after", config, system, progress.state, test, scorer, run)
     store.wait()
-    if not run.writes:
-        return
-    left_out = health.rows_left_out(run.path / "bad_rows.jsonl")
-    run.write_summary(summarize(config, name, progress, found, read_metrics(log.path)) | {"rows_left_out": left_out})
+    if run.writes:
+        summary = summarize(config, name, progress, found, read_metrics(log.path))
+        run.write_summary(summary | {"rows_left_out": health.rows_left_out(run.path / "bad_rows.jsonl")})
 
 
 def evaluate_and_keep(
