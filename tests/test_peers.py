@@ -1,6 +1,7 @@
 """Processes of a job that die, freeze, hang or fail: the others end soon, say who it was, and exit as the job did."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, free_port
+from commands import REPOSITORY, TIMEOUT_S, free_port
 
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.roll_call import call_the_roll
@@ -19,10 +20,10 @@ GOES_ON = "the same command in all of them goes on from the last checkpoint"
 
 
 def run_job(fault: str, index: int) -> tuple[list[int], list[str], float]:
-    """Exit codes, what was printed, and the seconds until the process that is not frozen had ended."""
+    """Exit codes, what was printed, and the seconds from the fault (or the start) until the other process had ended."""
     address = f"127.0.0.1:{free_port()}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_NUM_CPU_DEVICES": "1"}
-    shared |= {"JAX_PLATFORMS": "cpu", "RETHINKER_STALL_TIMEOUT_S": "8" if fault == "hangs" else "600"}
+    shared |= {"JAX_PLATFORMS": "cpu", "RETHINKER_STALL_TIMEOUT_S": "15" if fault == "hangs" else "600"}
     started = time.monotonic()
     job = [
         subprocess.Popen(
@@ -34,12 +35,13 @@ def run_job(fault: str, index: int) -> tuple[list[int], list[str], float]:
         )
         for number in range(2)
     ]
-    job[1 - index].wait(120)
-    seconds = time.monotonic() - started
+    job[1 - index].wait(TIMEOUT_S)
+    ended = time.monotonic()
     if fault == "frozen":
         job[index].kill()
-    printed = [process.communicate(timeout=120)[0] for process in job]
-    return [process.returncode for process in job], printed, seconds
+    printed = [process.communicate(timeout=TIMEOUT_S)[0] for process in job]
+    met = re.search(r"fault at ([\d.]+)", printed[index])
+    return [process.returncode for process in job], printed, ended - (float(met[1]) if met else started)
 
 
 def test_a_job_without_a_fault_ends_well_in_all_processes() -> None:
@@ -96,7 +98,7 @@ def in_threads(address: str, hellos: list[tuple[int, int, dict[str, str]]], time
 
 def test_the_roll_is_called_and_everybody_is_there() -> None:
     address = f"127.0.0.1:{free_port()}"
-    assert in_threads(address, [(index, 3, {"config": "a"}) for index in (2, 0, 1)], 20) == ["", "", ""]
+    assert in_threads(address, [(index, 3, {"config": "a"}) for index in (2, 0, 1)], 120) == ["", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_the_roll_is_called_and_everybody_is_there() -> None:
 )
 def test_the_roll_names_who_is_missing_or_different(hellos: list[tuple[int, int, dict[str, str]]], said: str) -> None:
     """Catches a job that would hang in its first collective, and one of two configs."""
-    told = in_threads(f"127.0.0.1:{free_port()}", hellos, 3)
+    told = in_threads(f"127.0.0.1:{free_port()}", hellos, 5 if "missing" in said else 120)
     assert all(said in text for text in told), told
 
 
@@ -118,23 +120,23 @@ def test_a_caller_without_process_0_gives_up_in_time() -> None:
     started = time.monotonic()
     [told] = in_threads(f"127.0.0.1:{free_port()}", [(1, 2, {})], 1)
     assert "process 1 waited 1 s for process 0" in told
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 100  # a job waits for 300 s
 
 
 def test_a_stranger_at_the_door_does_not_count_and_does_no_harm() -> None:
     """Catches a port scanner, or a browser, that ends the job or is taken for a process."""
     port = free_port()
     told: list[list[str]] = []
-    waiting = threading.Thread(target=lambda: told.append(in_threads(f"127.0.0.1:{port}", [(0, 2, {})], 20)))
+    waiting = threading.Thread(target=lambda: told.append(in_threads(f"127.0.0.1:{port}", [(0, 2, {})], 120)))
     waiting.start()
     for message in (b"GET / HTTP/1.1\r\n\r\n\n", b'{"index": "1"}\n', b"[" * 70_000 + b"\n"):
-        for _ in range(50):
+        for _ in range(600):
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as stranger:
                     stranger.sendall(message)
                 break
             except ConnectionRefusedError:
                 time.sleep(0.1)
-    assert in_threads(f"127.0.0.1:{port}", [(1, 2, {})], 20) == [""]
+    assert in_threads(f"127.0.0.1:{port}", [(1, 2, {})], 120) == [""]
     waiting.join()
     assert told == [[""]]

@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_job_of_processes_is_one_run(folder: Path) -> None:
     """One process with four devices against two with two each, of which the second is asked to stop after the first
-    step, and then four with one each.
+    step, and then four with one each, on another mesh: the tokens of a row are cut between processes.
 
     Catches a process that draws, judges, replays or counts on its own; a picture that one of them finds bad and the
     others keep; a stop that only its hearer follows; a checkpoint that only as many processes can read.
@@ -80,16 +80,17 @@ def test_a_job_of_processes_is_one_run(folder: Path) -> None:
     codes, printed = run_job(folder, "alone", [(*MAIN, *words)], 4)
     assert codes == [0], printed
 
+    alone, many = folder / "alone", folder / "many"
     words = (*words[:-1], "run.dir=many")
     stops = (str(STOPS_ITSELF), "rethinker_jax.loop:learn", "1", "SIGTERM", *words)
     codes, printed = run_job(folder, "two", [(*MAIN, *words), stops], 2)
     assert codes == [75, 75], printed
-    assert sorted(path.name for path in (folder / "many" / "checkpoints").iterdir()) == ["1"]
-    assert not (folder / "many" / "summary.json").exists()
+    assert sorted(path.name for path in (many / "checkpoints").iterdir()) == ["1"]
+    assert not (many / "summary.json").exists()
 
+    words = (*words[:3], "fsdp=2,context=2", *words[3:])
     codes, printed = run_job(folder, "four", [(*MAIN, *words)] * 4, 1)
     assert codes == [0, 0, 0, 0], printed
-    alone, many = folder / "alone", folder / "many"
     assert rollouts_of(alone) == rollouts_of(many)  # token for token, with verdicts and advantages
     bad = (alone / "bad_rows.jsonl").read_text()
     assert bad == (many / "bad_rows.jsonl").read_text() and bad.count("bad_image") == 1

@@ -62,7 +62,7 @@ class Server:
         self.close()
 
     def config(self, **more: Any) -> JudgeConfig:
-        quick = JudgeConfig(self.url, "m", timeout_s=10.0, backoff_s=0.01, num_threads=2)
+        quick = JudgeConfig(self.url, "m", timeout_s=60.0, backoff_s=0.01, num_threads=2)
         return dataclasses.replace(quick, **more)
 
 
@@ -185,15 +185,15 @@ def test_a_slow_judge_times_out_and_keeps_nobody_else_waiting() -> None:
 
     def reply(prompt: str) -> tuple[int, str]:
         if "slow" in prompt:
-            release.wait(20)
+            release.wait(200)
         return 200, "1"
 
-    with Server(reply) as server, JudgeModel(server.config(retries=0, timeout_s=0.5)) as judge:
+    with Server(reply) as server, JudgeModel(server.config(retries=0, timeout_s=3.0)) as judge:
         started = time.monotonic()
         slow = judge.ask(PROBLEM, "slow")
         assert gather([judge.ask(PROBLEM, str(number)) for number in range(5)]) == [1.0] * 5
         assert gather([slow]) == ["timeout"]
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 100
         release.set()
 
 
@@ -222,12 +222,12 @@ def test_too_many_failures_in_a_row_stop_the_run() -> None:
 def test_closing_gives_up_what_waits() -> None:
     """Catches a run that cannot end because the judge hangs."""
     release = threading.Event()
-    with Server(lambda prompt: (200, str(int(release.wait(20))))) as server:
-        judge = JudgeModel(server.config(num_threads=1, retries=5, timeout_s=0.3, backoff_s=30.0))
+    with Server(lambda prompt: (200, str(int(release.wait(200))))) as server:
+        judge = JudgeModel(server.config(num_threads=1, retries=5, timeout_s=0.3, backoff_s=200.0))
         asked = [judge.ask(PROBLEM, str(number)) for number in range(3)]
         time.sleep(0.1)
         judge.close()
         started = time.monotonic()
         assert set(gather(asked)) <= {"closed", "timeout"}
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 100
         release.set()

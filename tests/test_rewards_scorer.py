@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import TIMEOUT_S
 from test_rewards_judge import Server
 
 from rethinker_jax.config import Config, RethinkConfig, SamplingConfig, VerifierConfig
@@ -98,13 +99,19 @@ def test_functions_of_your_own_see_the_verdict_and_the_row(pool: VerifierPool, t
 
 
 def test_submitting_does_not_wait_for_a_function_of_your_own(pool: VerifierPool, tmp_path: Path) -> None:
-    """Catches verification that stops generation. Three submits are under way at once, in order."""
-    path = tmp_path / "mine.py"
-    path.write_text("import time\ndef f(row):\n    time.sleep(0.3)\n    return float(row['response'])")
+    """Catches verification that stops generation. Three submits are under way at once, in order; the function returns
+    when all are."""
+    path, all_are = tmp_path / "mine.py", tmp_path / "all are under way"
+    path.write_text(
+        "import pathlib, time\n"
+        "def f(row):\n"
+        f"    while not pathlib.Path({str(all_are)!r}).exists(): time.sleep(0.01)\n"
+        "    return float(row['response'])"
+    )
     with Scorer(config(terms={f"{path}:f": 1.0}), pool) as scorer:
-        started = time.monotonic()
         pending = [scorer.submit([response(str(number))]) for number in range(3)]
-        assert time.monotonic() - started < 0.3 and not pending[-1].done()
+        assert not any(one.done() for one in pending)
+        all_are.touch()
         assert [one.result()[0].reward for one in pending] == [0.0, 1.0, 2.0]
 
 
@@ -122,15 +129,20 @@ def test_a_fault_of_a_function_reaches_the_loop(pool: VerifierPool, tmp_path: Pa
 
 def test_closing_ends_a_call_that_is_under_way(pool: VerifierPool, tmp_path: Path) -> None:
     """Catches a run that is asked to stop and waits for the deadline of a hanging function."""
-    path = tmp_path / "mine.py"
-    path.write_text("import time\ndef f(row): time.sleep(600)")
-    started = time.monotonic()
-    with Scorer(config(terms={f"{path}:f": 1.0}), pool) as scorer:
+    path, begun = tmp_path / "mine.py", tmp_path / "begun"
+    path.write_text(
+        f"import pathlib, time\ndef f(row):\n    pathlib.Path({str(begun)!r}).touch()\n    time.sleep(6000)"
+    )
+    with Scorer(config(terms={f"{path}:f": 1.0}, user_deadline_s=600.0), pool) as scorer:
         pending = scorer.submit([response(r"\boxed{5}")])
-        time.sleep(0.2)
+        end = time.monotonic() + TIMEOUT_S
+        while not begun.exists():
+            assert time.monotonic() < end, "the function was not called"
+            time.sleep(0.01)
+        started = time.monotonic()
     with pytest.raises(UserError, match="its process ended"):
         pending.result()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
 
 
 def test_the_judge_is_asked_at_once_and_its_failures_are_metrics(
@@ -138,7 +150,7 @@ def test_the_judge_is_asked_at_once_and_its_failures_are_metrics(
 ) -> None:
     """Catches a failure that counts as 0 in the mean, and one that nobody sees."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=120)
 
     def reply(prompt: str) -> tuple[int, str]:
         together.wait()  # both requests are under way at the same time
@@ -146,7 +158,9 @@ def test_the_judge_is_asked_at_once_and_its_failures_are_metrics(
 
     with Server(reply) as server:
         settings = config(
-            terms={"accuracy": 1.0, "judge": 2.0}, judge=server.config(retries=0), by_type={"text": {"accuracy": 1.0}}
+            terms={"accuracy": 1.0, "judge": 2.0},
+            judge=server.config(retries=0, timeout_s=120.0),
+            by_type={"text": {"accuracy": 1.0}},
         )
         with Scorer(settings, pool) as scorer:
             asked = [response(r"one \boxed{5}"), response(r"two \boxed{5}"), response(r"three \boxed{5}", type="text")]
@@ -178,4 +192,4 @@ def test_importing_the_scorer_loads_no_jax() -> None:
         "import sys, rethinker_jax.rewards.scorer, rethinker_jax.rewards.worker\n"
         "assert not {'jax', 'jaxlib', 'flax', 'sympy'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT_S)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import TIMEOUT_S
 
 from rethinker_jax.errors import UserError
 from rethinker_jax.rewards.inputs import ImageSize, RewardInput
@@ -224,32 +225,34 @@ def test_a_hang_ends_at_the_deadline(tmp_path: Path, code: str, where: str) -> N
     with pytest.raises(UserError) as error:
         values_of(path, "f", rows_of("good", "bad", "good", "x"), deadline_s=1.0)
     assert where in str(error.value) and "no value after 1 s (reward.user_deadline_s)" in str(error.value)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
 
 
 def test_the_deadline_is_of_wall_clock_also_where_the_function_waits_for_the_core(tmp_path: Path) -> None:
-    """Two busy processes on one core: a deadline of CPU time would take twice as long, one that is granted again while
-    the process is runnable any multiple."""
+    """Eight busy processes on one core: a deadline of CPU time would take eight times as long, one that is granted
+    again while the process is runnable any multiple."""
     path = write(tmp_path / "mine.py", "def f(row):\n    while row['response'] == 'bad': pass\n    return 1")
     name = f"{path}:f"
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    others: list[subprocess.Popen[bytes]] = []
     functions = UserFunctions([name], {}, 2.0)
     try:
         functions.values(name, rows_of("good"))
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(7)]
         started = time.monotonic()
         with pytest.raises(UserError, match="no value after 2 s"):
             functions.values(name, rows_of("bad"))
-        assert 1.9 < time.monotonic() - started < 3.5
+        assert 1.9 < time.monotonic() - started < 12
     finally:
         functions.close()
         os.sched_setaffinity(0, cores)
-        other.kill()
-        other.wait()
+        for other in others:
+            other.kill()
+            other.wait()
 
 
-def wait_for_end(pid: int, seconds: float = 10.0) -> None:
+def wait_for_end(pid: int, seconds: float = 60.0) -> None:
     """Waits until the process is gone or a zombie, whoever is to wait for it; kills one that stays, and fails."""
     end = time.monotonic() + seconds
     stat = Path(f"/proc/{pid}/stat")
@@ -273,12 +276,12 @@ def test_a_busy_function_ends_with_a_trainer_that_was_killed(tmp_path: Path) -> 
     code = (
         "import json, sys\n"
         "from rethinker_jax.rewards.user import UserFunctions\n"
-        "UserFunctions([sys.argv[1]], {}, 60.0).values(sys.argv[1], json.loads(sys.argv[2]))\n"
+        "UserFunctions([sys.argv[1]], {}, 600.0).values(sys.argv[1], json.loads(sys.argv[2]))\n"
     )
     name = f"{write(tmp_path / 'mine.py', function)}:f"
     trainer = subprocess.Popen([sys.executable, "-c", code, name, json.dumps(rows_of("a"))])
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + TIMEOUT_S
         while not (said.exists() and said.read_text()):
             assert time.monotonic() < end and trainer.poll() is None
             time.sleep(0.01)
@@ -288,8 +291,10 @@ def test_a_busy_function_ends_with_a_trainer_that_was_killed(tmp_path: Path) -> 
     wait_for_end(int(said.read_text()))
 
 
-@pytest.mark.parametrize("ending", ["return pid", "os._exit(9)", "time.sleep(600)"])
-def test_what_a_function_started_ends_with_it(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "deadline_s"), [("return pid", 60.0), ("os._exit(9)", 60.0), ("time.sleep(600)", 3.0)]
+)
+def test_what_a_function_started_ends_with_it(tmp_path: Path, ending: str, deadline_s: float) -> None:
     """Catches children that live on after the end of the run, the death of the function's process, or its deadline."""
     said = tmp_path / "pid"
     code = f"""
@@ -300,7 +305,7 @@ def test_what_a_function_started_ends_with_it(tmp_path: Path, ending: str) -> No
         {ending}
     """
     with contextlib.suppress(UserError):
-        values_of(write(tmp_path / "mine.py", code), "f", rows_of("a"), deadline_s=2.0)
+        values_of(write(tmp_path / "mine.py", code), "f", rows_of("a"), deadline_s=deadline_s)
     wait_for_end(int(said.read_text()))
 
 
@@ -326,7 +331,7 @@ def test_many_long_rows_pass(tmp_path: Path) -> None:
     )
     started = time.process_time()
     assert values_of(path, "f", rows_of(*["x" * 4000] * 1000)) == [{"overall": 1000.0}] * 1000
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 20
 
 
 def test_a_function_sees_the_whole_row() -> None:

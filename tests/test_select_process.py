@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import stop_at
+from commands import TIMEOUT_S, stop_at
 
 from rethinker_jax.main import main
 
@@ -47,7 +47,7 @@ def test_select_imports_no_jax(here: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines() if line.startswith("import time:")}

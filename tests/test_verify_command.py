@@ -193,7 +193,7 @@ def test_a_terminal_gets_a_bar_and_the_file_every_line(tmp_path: Path) -> None:
         while block := os.read(ours, 65536):
             shown += block
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=TIMEOUT_S) == 0
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == list(range(1500))
     assert b"/1500" in shown and b"\x1b[" in shown and b"1500 lines: 750 correct, 750 wrong" in shown
 

@@ -12,18 +12,28 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import TIMEOUT_S
 
 from rethinker_jax.config import VerifierConfig
 from rethinker_jax.errors import UserError
+from rethinker_jax.verify import process
 from rethinker_jax.verify.extract import extract
 from rethinker_jax.verify.judge import JudgeItem, judge
 from rethinker_jax.verify.pool import VerifierPool
 from rethinker_jax.verify.process import CpuLimitPassed, DeadlinePassed, WorkerProcess, worker_environment
 from rethinker_jax.verify.worker import AddressSpace, serve
 
-CONFIG = VerifierConfig(num_workers=1, deadline_s=2.0, cpu_limit_s=0.4)
+# Limits of CPU time are what ends an item here; the deadline is far away, for a busy machine.
+CONFIG = VerifierConfig(num_workers=1, deadline_s=20.0, cpu_limit_s=0.4)
+
+
+@pytest.fixture
+def far_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many deadlines as it takes: how long an item may wait for a core has a test of its own."""
+    monkeypatch.setattr(process, "MAX_DEADLINES", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition, seconds: float = TIMEOUT_S) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -96,14 +106,14 @@ def test_an_answer_that_burns_cpu_is_a_timeout_and_the_rest_is_judged(pool: Veri
     verdicts = pool.judge_many([boxed(1, 1), SLOW, boxed(2, 2), boxed(r"\sqrt{8}", r"2\sqrt{2}")])
     assert [v.verdict for v in verdicts] == ["correct", "timeout", "correct", "correct"]
     assert verdicts[1].rule == "cpu_limit" and verdicts[1].reward == 0.0
-    started = time.monotonic()
+    judged = pool.counts["judged"]
     assert pool.judge_many([SLOW])[0].verdict == "timeout"
-    assert time.monotonic() - started < 0.2
+    assert pool.counts["judged"] == judged
     assert pool.counts["cpu_timeouts"] == before.get("cpu_timeouts", 0) + 1
     assert pool.counts["wall_timeouts"] == before.get("wall_timeouts", 0)
 
 
-def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_not_remembered() -> None:
+def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_not_remembered(far_limit: None) -> None:
     """Catches waiting for ever on a worker that does nothing, blaming the item at once, and a cached verdict of it."""
     with VerifierPool(VerifierConfig(num_workers=1, deadline_s=0.4, cpu_limit_s=30.0)) as pool:
         assert pool.judge_many([boxed(1, 1)])[0].correct
@@ -111,7 +121,7 @@ def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_n
         verdicts = pool.judge_many([boxed(2, 2), boxed(3, 3)])
         assert [v.verdict for v in verdicts] == ["correct", "correct"] and pool.counts["retries"] == 1
 
-        at_item = cpu_seconds(pool.worker_pids[0]) + 0.3  # more than starting takes
+        at_item = 2 * cpu_seconds(pool.worker_pids[0])  # more than starting takes
         pending = pool.submit([SLOW, boxed(4, 4)])
         for _ in range(2):
             wait_until(lambda: bool(pool.worker_pids))
@@ -127,9 +137,9 @@ def test_a_stopped_worker_is_replaced_and_the_second_stop_is_a_timeout_that_is_n
         assert not pool.submit([SLOW]).done()
 
 
-def test_a_busy_machine_times_nothing_out() -> None:
-    """Four workers and four other processes share one core; an item needs 0.14 s of CPU, and so about 1.1 s of wall
-    clock: two of its deadlines, of the five that it may take.
+def test_a_busy_machine_times_nothing_out(far_limit: None) -> None:
+    """Four workers and four other processes share one core; an item needs 0.14 s of CPU, and so at least 1.1 s of wall
+    clock: two of its deadlines.
 
     Catches a deadline that counts the time in which the worker waits for the core, or its items in the queue.
     """
@@ -151,22 +161,33 @@ def test_a_busy_machine_times_nothing_out() -> None:
             other.wait()
 
 
+class Counting(WorkerProcess):
+    """Notes how long it waited for each line."""
+
+    def __init__(self, config: VerifierConfig):
+        super().__init__(config)
+        self.waits: list[float] = []
+
+    def read_line(self, timeout_s: float) -> dict[str, Any]:
+        self.waits.append(timeout_s)
+        return super().read_line(timeout_s)
+
+
 def test_waiting_for_a_core_has_an_end() -> None:
-    """A worker that runs on and has CPU time left gets five deadlines. Catches 20 of them, which would be 4 s and find
-    the verdict, and a single one."""
-    worker = WorkerProcess(VerifierConfig(cpu_limit_s=100.0))
+    """A worker that runs on and has CPU time left gets five deadlines. Catches more of them, and a single one."""
+    worker = Counting(VerifierConfig(cpu_limit_s=100.0))
     try:
         worker.wait_ready()
         worker.send(message(SLOW))
-        started = time.monotonic()
+        worker.waits.clear()
         with pytest.raises(DeadlinePassed):
             worker.read_reply(deadline_s=0.2, cpu_limit_s=100.0)
-        assert 0.9 < time.monotonic() - started < 3.0
+        assert worker.waits == [0.2] * 5
     finally:
         worker.close()
 
 
-def test_code_that_does_not_return_to_python_is_ended_by_the_parent() -> None:
+def test_code_that_does_not_return_to_python_is_ended_by_the_parent(far_limit: None) -> None:
     """The worker's own limit is out of reach here, as its signal is where a library computes in C."""
     worker = WorkerProcess(VerifierConfig(cpu_limit_s=100.0))
     try:
@@ -186,11 +207,11 @@ def test_a_worker_that_nobody_watches_is_ended_by_its_limit_on_cpu_time() -> Non
         [sys.executable, "-P", "-m", "rethinker_jax.verify.worker", *limits],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=worker_environment(),
     )  # fmt: skip
-    items = [*(message(slow(8, start=1000 + 100 * i), i) for i in range(4)), message(SLOW, 4)]
-    said, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in items).encode(), timeout=60)
+    items = [*(message(slow(4, start=1000 + 100 * i), i) for i in range(8)), message(SLOW, 8)]
+    said, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in items).encode(), timeout=TIMEOUT_S)
     assert worker.returncode == -signal.SIGXCPU
     replies = [json.loads(line) for line in said.splitlines()]
-    assert [reply.get("n") for reply in replies] == [None, 0, 1, 2, 3]
+    assert [reply.get("n") for reply in replies] == [None, *range(8)]
     assert replies[-1]["cpu_s"] - replies[0]["cpu_s"] > 1.5, "the first items used too little to show anything"
 
 
@@ -232,7 +253,8 @@ def test_killed_workers_lose_no_item() -> None:
             wait_until(lambda target=target: pending.num_done() >= target)
             os.kill(rng.choice(pool.worker_pids), signal.SIGKILL)
         verdicts = pending.result()
-        assert pool.counts["restarts"] >= 7 and pool.counts["retries"] >= 3
+        wait_until(lambda: pool.counts["restarts"] >= 7)
+        assert pool.counts["retries"] >= 1, "no kill met an item"
     assert [(v.verdict, v.extracted) for v in verdicts] == expected
 
 
@@ -243,7 +265,7 @@ def test_being_killed_is_not_the_items_fault_but_dying_is() -> None:
     """
     with VerifierPool(VerifierConfig(num_workers=1, cpu_limit_s=30.0)) as pool:
         assert pool.judge_many([boxed(1, 1)])[0].correct
-        at_item = cpu_seconds(pool.worker_pids[0]) + 0.4  # more than starting takes
+        at_item = 2 * cpu_seconds(pool.worker_pids[0])  # more than starting takes
         pending = pool.submit([SLOW, boxed(2, 2)])
         for number, sent in enumerate([signal.SIGKILL] + [signal.SIGSEGV] * 3):
             wait_until(lambda: bool(pool.worker_pids))
@@ -302,13 +324,13 @@ def test_many_threads_may_share_a_pool(pool: VerifierPool) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=TIMEOUT_S)
     assert results == {k: [i % 2 == 0 for i in range(50)] for k in range(1, 5)}
 
 
 def test_closing_ends_the_processes_and_what_is_pending() -> None:
     """Catches orphans, and a caller that waits for ever on a closed pool."""
-    pool = VerifierPool(CONFIG)
+    pool = VerifierPool(VerifierConfig(num_workers=1, cpu_limit_s=30.0))
     assert pool.judge_many([boxed(1, 1)])[0].correct
     pids = pool.worker_pids
     pending = pool.submit([SLOW, boxed(2, 2)])
@@ -357,10 +379,10 @@ def test_workers_end_with_a_parent_that_was_killed(stopped: bool) -> None:
         f"if {stopped}: os.kill(pool.worker_pids[0], 19)\n"
         "os.kill(os.getpid(), 9)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=TIMEOUT_S)
     assert said.returncode == -signal.SIGKILL
     try:
-        wait_until(lambda: not is_alive(int(said.stdout)), 10.0)
+        wait_until(lambda: not is_alive(int(said.stdout)), 60.0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(said.stdout), signal.SIGKILL)
@@ -370,7 +392,9 @@ def test_a_worker_whose_parent_is_gone_does_not_start() -> None:
     """Catches the parent that ends before the worker could ask to end with it. `1` stands for another parent."""
     limits = ("--cpu-limit-s", "1", "--cpu-backstop-s", "9", "--memory-mb", "1024", "--parent", "1")
     command = [sys.executable, "-P", "-m", "rethinker_jax.verify.worker", *limits]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=worker_environment(), timeout=60)
+    ended = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, env=worker_environment(), timeout=TIMEOUT_S
+    )
     assert (ended.returncode, ended.stdout) == (1, b"")
 
 
@@ -393,7 +417,7 @@ def test_the_worker_never_loads_an_accelerator_library() -> None:
     try:
         assert worker.wait_ready()["accelerator_modules"] == []
         worker.send(message(boxed("x+1", "1+x")))
-        assert worker.read_reply(5.0, 5.0)["verdict"] == "correct"
+        assert worker.read_reply(60.0, 60.0)["verdict"] == "correct"
     finally:
         worker.close()
 
@@ -403,4 +427,4 @@ def test_importing_the_pool_and_the_command_loads_no_jax() -> None:
         "import sys, rethinker_jax.verify.pool, rethinker_jax.verify.command, rethinker_jax.rewards.scorer\n"
         "assert not {'jax', 'jaxlib', 'flax', 'sympy'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT_S)
