@@ -68,7 +68,19 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    context: int = 1  # cuts the tokens of an update's rows: for prompts too long for a device
     tensor: int = 1
+    search: bool = False  # finds sizes that fit the devices, as --mesh auto; those above are not read
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes, in the order of a mesh."""
+        return {"data": self.data, "fsdp": self.fsdp, "context": self.context, "tensor": self.tensor}
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> "MeshConfig":
+        """With these sizes of the axes that they name."""
+        found = {**self.sizes, **sizes}
+        return MeshConfig(found["data"], found["fsdp"], found["context"], found["tensor"], self.search)
 
 
 @dataclasses.dataclass(frozen=True)

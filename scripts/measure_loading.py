@@ -140,17 +140,17 @@ def load(directory: Path, mesh: str, output: Path | None) -> None:
     import jax
     import jax.numpy as jnp
 
-    from rethinker_jax.config import Config, MeshConfig, RunConfig
+    from rethinker_jax.config import Config, RunConfig
     from rethinker_jax.devices import start_jax
+    from rethinker_jax.mesh_spec import parse_mesh
     from rethinker_jax.models import weights
     from rethinker_jax.models.qwen_config import read_config
     from rethinker_jax.models.sharding import make_mesh
     from rethinker_jax.system import training_shardings
 
     start_jax(Config(run=RunConfig(compilation_cache="")))
-    axes = {"data": 1, "fsdp": 1, "tensor": 1} | {k: int(v) for k, v in (part.split("=") for part in mesh.split(","))}
     config = read_config(directory)
-    shardings = training_shardings(config, make_mesh(MeshConfig(**axes)))
+    shardings = training_shardings(config, make_mesh(parse_mesh(mesh)))
     jax.block_until_ready(jnp.ones(8) + 1)  # the compiler is part of the start, not of the load
     started, cpu = time.monotonic(), time.process_time()
     with Watch() as watch:

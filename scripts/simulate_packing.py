@@ -11,6 +11,7 @@ import json
 
 import numpy as np
 
+from rethinker_jax.models.sharding import Parts
 from rethinker_jax.prompts.windows import VisionGeometry
 from rethinker_jax.training.batch import pack_micro_batches
 from rethinker_jax.training.layout import TrainRow
@@ -45,8 +46,9 @@ def main() -> None:
     for step in range(options.steps):
         mean = options.mean * (1 + step / options.steps)
         rows = make_rows(rng, options.groups, options.samples, mean, options.longest)
+        parts = Parts(options.shards, options.shards)
         packed = pack_micro_batches(
-            rows, VisionGeometry(), options.longest, len(rows), options.micro_tokens, shards=options.shards
+            rows, VisionGeometry(), options.longest, len(rows), options.micro_tokens, parts=parts
         )
         batch = packed.batches[0]
         arrays = batch.text.token_ids, batch.text.prefix_index, batch.target_ids, batch.advantages

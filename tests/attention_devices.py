@@ -40,8 +40,10 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def make_mesh(shape: tuple[int, ...], devices: Any) -> Mesh:
+    """shape: data, fsdp, tensor."""
+    shape = (*shape[:2], 1, shape[2])
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def error(found: Any, wanted: Any) -> float:

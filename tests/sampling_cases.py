@@ -35,7 +35,7 @@ TASKS = (0, 1, 3, 6, 8, 16)  # one image three times, two images, none, two imag
 NUM_SAMPLES = 4
 NEW = 10  # tokens
 # On the first every device holds all six prompts, on the second each kv head is there twice.
-MESHES = (MeshConfig(data=1, fsdp=8), MeshConfig(data=2, fsdp=1, tensor=4))
+MESHES = (MeshConfig(data=1, fsdp=4, context=2), MeshConfig(data=2, fsdp=1, tensor=4))
 MESH_BUDGETS = Budgets(first=6)
 MESH_SETTINGS = SamplingConfig(num_slots=8, steps_per_call=4)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from rethinker_jax.config import BucketsConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
 from rethinker_jax.example.model_config import build_model_directory
 from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.models.sharding import Parts
 from rethinker_jax.system import System, load_system, make_updater
 from rethinker_jax.training.batch import Packed, pack_micro_batches
 from rethinker_jax.training.layout import TrainRow
@@ -85,7 +86,8 @@ def apart(rows: list[TrainRow]) -> list[TrainRow]:
 
 def pack(tiny: Tiny, rows: list[TrainRow], micro_tokens: int = 0, shards: int = 1, **buckets: Any) -> Packed:
     settings = BucketsConfig(**buckets)
-    return pack_micro_batches(rows, tiny.system.geometry, LENGTH, len(rows), micro_tokens, settings, shards)
+    parts = Parts(shards, shards)
+    return pack_micro_batches(rows, tiny.system.geometry, LENGTH, len(rows), micro_tokens, settings, parts)
 
 
 def log_probs(tiny: Tiny, packed: Packed) -> dict[int, np.ndarray]:

@@ -11,6 +11,7 @@ import pytest
 
 from rethinker_jax.config import BucketsConfig
 from rethinker_jax.models.qwen25vl import Model
+from rethinker_jax.models.sharding import Parts
 from rethinker_jax.prompts.windows import VisionGeometry
 from rethinker_jax.training.batch import BY_NEED, Packed, pack_micro_batches
 from rethinker_jax.training.layout import TrainBatch, TrainRow
@@ -114,7 +115,7 @@ def test_a_prediction_sees_its_prompt_and_what_came_before_it(row_tokens: tuple[
         rows = random_rows(rng)
         shards, micro_tokens = rng.choice([1, 2]), rng.choice([0, 1, 60])
         buckets = BucketsConfig(row_tokens=row_tokens, targets=rng.choice([(), (64,)]))
-        packed = pack_micro_batches(rows, GEOMETRY, 128, len(rows), micro_tokens, buckets, shards)
+        packed = pack_micro_batches(rows, GEOMETRY, 128, len(rows), micro_tokens, buckets, Parts(shards, shards))
         check_views(packed, rows)
 
 

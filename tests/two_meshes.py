@@ -1,6 +1,6 @@
-"""One update on data=2,fsdp=2,tensor=2, and the same on one device: what `test_sharding.py` compares, as JSON.
+"""One update on a mesh of eight, and the same on one device: what `test_sharding.py` compares, as JSON.
 
-    JAX_NUM_CPU_DEVICES=8 python tests/two_meshes.py MODEL_DIRECTORY
+    JAX_NUM_CPU_DEVICES=8 python tests/two_meshes.py MODEL_DIRECTORY data=2,fsdp=2,tensor=2
 
 The leaves compared are Adam's first moments, 0.1 of the clipped gradient: parameters would hide an error behind the
 small learning rate.
@@ -17,23 +17,15 @@ import optax
 from jax.sharding import AxisType, Mesh
 from test_update import png
 
-from rethinker_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
-from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, place_rows, row_shards, spec_for
+from rethinker_jax.config import BucketsConfig, Config, DataConfig, LossConfig, ModelConfig, OptimizerConfig
+from rethinker_jax.mesh_spec import parse_mesh
+from rethinker_jax.models.sharding import AXES, parts_of, place_rows
 from rethinker_jax.system import System, load_system, make_updater, training_shardings
 from rethinker_jax.training import log_probs
 from rethinker_jax.training.batch import pack_rows
 from rethinker_jax.training.layout import TrainBatch, TrainRow
 from rethinker_jax.training.update import TrainState
 from rethinker_jax.types import Problem
-
-SPEC_CASES = {
-    "plain": (("d_model", "d_ff"), (4, 4)),
-    "odd": (("d_model", "d_ff"), (3, 4)),
-    "both odd": (("vocab", "d_ff"), (5, 7)),
-    "twice": (("merged", "d_model"), (4, 4)),
-    "twice, first odd": (("merged", "d_model"), (3, 4)),
-    "unknown": (("layers", "head_dim"), (4, 4)),
-}
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -72,27 +64,29 @@ def update(config: Config, system: System, batch: TrainBatch) -> tuple[TrainStat
     return state, {name: float(value) for name, value in metrics.items()}
 
 
-def main(directory: str) -> None:
+def main(directory: str, mesh: str) -> None:
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is all that this costs
     assert jax.device_count() == 8
     config = Config(
         model=ModelConfig(path=directory, init="random", dtype="float32"),
-        mesh=MeshConfig(data=2, fsdp=-1, tensor=2),
+        mesh=parse_mesh(mesh),
+        buckets=BucketsConfig(row_tokens=(35,)),  # so that `context` has to pad
         data=DataConfig(prompt_template="none"),
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0),
     )
     eight = load_system(config)
     log_probs.CHUNK_BYTES = 4 * 4 * eight.model.config.vocab  # four tokens a chunk: the head is shared by several
-    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    alone = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     params = jax.device_put(jax.device_get(eight.params), training_shardings(eight.model.config, alone))
     one = dataclasses.replace(eight, mesh=alone, params=params, model=dataclasses.replace(eight.model, mesh=alone))
 
     rows = make_rows(eight)
-    batch, odd = (pack_rows(rows, eight.geometry, 16, count, shards=row_shards(eight.mesh)) for count in (8, 7))
+    parts = parts_of(eight.mesh)
+    batch, odd = (pack_rows(rows, eight.geometry, 16, count, config.buckets, parts) for count in (8, 7))
     placed, placed_odd = (place_rows(some, eight.mesh, 0, {"positions": 1}) for some in (batch, odd))
     before = specs(eight.params)
     state, metrics = update(config, eight, batch)
-    state_of_one, metrics_of_one = update(config, one, pack_rows(rows, one.geometry, 16, 8))
+    state_of_one, metrics_of_one = update(config, one, pack_rows(rows, one.geometry, 16, 8, config.buckets))
     ours, theirs = (jax.tree.map(np.asarray, moments_of(some)) for some in (state, state_of_one))
     errors = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), ours, theirs)
     found = {
@@ -104,13 +98,9 @@ def main(directory: str) -> None:
             str(array.sharding.spec)
             for array in (placed.target_ids, placed.text.positions, placed.advantages, placed_odd.advantages)
         ],
-        "rules": {
-            name: [list(spec_for(dims, shape, eight.mesh, rules)) for rules in (TRAINING_RULES, SAMPLING_RULES)]
-            for name, (dims, shape) in SPEC_CASES.items()
-        },
     }
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask
 from rethinker_jax.models.attention_kernels import PLAIN, Attention
-from rethinker_jax.models.gather import take_rows
+from rethinker_jax.models.gather import Take, take_whole
 from rethinker_jax.models.layers import Remat, recomputed
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.models.rope import text_angles
@@ -73,12 +73,17 @@ class Model:
         token_ids: Int[Array, "batch seq"],
         image_index: Int[Array, "batch seq"] | None = None,
         image_table: Float[Array, "merged d_model"] | None = None,
+        take: Take = take_whole,
     ) -> Float[Array, "batch seq d_model"]:
-        """Token embeddings, with image tokens (image_index ≥ 0) taken from `image_table`."""
-        x = take_rows(params["text"]["embedding"], token_ids)
+        """Token embeddings, with image tokens (image_index ≥ 0) taken from `image_table`.
+
+        take: the way to a table's rows, where it lies in parts.
+        """
+        x = take(params["text"]["embedding"], token_ids, ("vocab", "d_model"))
         if image_table is None or image_index is None:
             return x
-        return jnp.where(image_index[..., None] >= 0, image_table[jnp.maximum(image_index, 0)].astype(x.dtype), x)
+        images = take(image_table, jnp.maximum(image_index, 0), ("images", "d_model")).astype(x.dtype)
+        return jnp.where(image_index[..., None] >= 0, images, x)
 
     def angles(self, positions: Int[Array, "3 batch seq"]) -> Float[Array, "batch seq half"]:
         return text_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)

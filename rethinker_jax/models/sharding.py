@@ -1,9 +1,13 @@
 """From dimension words to mesh axes: one rule table, two layouts.
 
-*Axis* names a mesh axis, *dimension* an array dimension. The training layout shards weights over `fsdp` and `tensor`;
-the sampling layout over `tensor` only, because weights sharded over `fsdp` would be gathered at every decoded token.
+*Axis* names a mesh axis, *dimension* an array dimension. The training layout shards weights over `fsdp`, `context` and
+`tensor`; the sampling layout over `tensor` only, because what lies apart would be gathered at every decoded token.
+
+`context` cuts the tokens of the update's packed rows, so that a prompt of many images need not fit one device
+(`training/context.py`); for all else (slots of the sampler, images) it is one more axis that cuts rows.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,30 +20,39 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rethinker_jax.config import MeshConfig
 from rethinker_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = PartitionSpec(("data", "fsdp"))  # batch rows, slots, vision rows
+AXES = ("data", "fsdp", "context", "tensor")
+ROWS = PartitionSpec(("data", "fsdp", "context"))  # slots, vision rows, rows of the loss
+SHARDS = PartitionSpec(("data", "fsdp"))  # of packed text, whose tokens are cut over `context`
 
 # Words that are not in it (layers, head_dim, rank, patch_dim) stay whole.
-TRAINING_RULES: Mapping[str, str] = {
-    "d_model": "fsdp",
-    "vision_d_model": "fsdp",
-    "merged": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "d_ff": "tensor",
-    "vision_heads": "tensor",
-    "vision_d_ff": "tensor",
-    "merged_out": "tensor",
+Rules = Mapping[str, tuple[str, ...]]
+TRAINING_RULES: Rules = {
+    "d_model": ("fsdp", "context"),
+    "vision_d_model": ("fsdp", "context"),
+    "merged": ("fsdp", "context"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "d_ff": ("tensor",),
+    "vision_heads": ("tensor",),
+    "vision_d_ff": ("tensor",),
+    "merged_out": ("tensor",),
 }
-SAMPLING_RULES: Mapping[str, str] = {dim: axis for dim, axis in TRAINING_RULES.items() if axis == "tensor"}
+SAMPLING_RULES: Rules = {dim: axes for dim, axes in TRAINING_RULES.items() if axes == ("tensor",)}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config` over all devices. Raises UserError if the axis sizes do not multiply to their number."""
+    """The mesh of `config` over all devices. Raises UserError if the axis sizes do not multiply to their number.
+
+    Between TPU slices the network is slow, and only `data` crosses it: its size has to be a multiple of the number of
+    slices. Where it is 1 and fsdp takes what is left, as after a bare `--mesh`, it becomes that number.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    slices = num_slices(devices)
+    sizes = [config.data, config.fsdp, config.context, config.tensor]
     named = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if config.data == 1 and config.fsdp == -1:
+        sizes[0] = slices
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed
@@ -48,21 +61,52 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {named}: wanted axes that multiply to the {len(devices)} visible device(s). "
             "Let one axis be -1 to take what is left, or give `--mesh` alone."
         )
-    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    else:
+        _check_slices(named, sizes, len(devices) // slices, slices)
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def spec_for(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, str]) -> PartitionSpec:
-    """Partition of one array by its dimension words. A dimension that its axis does not divide stays whole."""
-    axes: list[str | None] = []
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Of TPUs. What jax calls a slice of GPUs is a host, whose network is fast enough for fsdp."""
+    # A TPU of a single slice does not always say which one it is in.
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+
+
+def _check_slices(named: str, sizes: Sequence[int], devices_of_slice: int, slices: int) -> None:
+    data, _, context, tensor = sizes
+    if data % slices == 0:
+        return
+    if devices_of_slice % (context * tensor):
+        context = tensor = 1
+    inner = "".join(f",{axis}={size}" for axis, size in (("context", context), ("tensor", tensor)) if size > 1)
+    raise UserError(
+        f"mesh {named}: these are {slices} slices of {devices_of_slice} devices, and only data may cross the network "
+        f"between slices: wanted a data that is a multiple of {slices}, came {data}. "
+        f"Try --mesh data={slices},fsdp={devices_of_slice // (context * tensor)}{inner}"
+    )
+
+
+def spec_for(dims: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Partition of one array by its dimension words: of each dimension's axes the first ones that divide it together.
+
+    One that not even the first axis divides stays whole. Behind the first, axes of one device are not named.
+    """
+    taken: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for dim, size in zip(dims, shape, strict=True):
-        axis = rules.get(dim)
-        fits = axis is not None and size % mesh.shape[axis] == 0 and axis not in axes
-        axes.append(axis if fits else None)
-    return PartitionSpec(*axes)
+        wanted = [axis for n, axis in enumerate(rules.get(dim, ())) if n == 0 or mesh.shape[axis] > 1]
+        while wanted and (size % math.prod(mesh.shape[axis] for axis in wanted) or used & set(wanted)):
+            wanted.pop()
+        used |= set(wanted)
+        taken.append(tuple(wanted) if len(wanted) > 1 else next(iter(wanted), None))
+    return PartitionSpec(*taken)
 
 
-def param_shardings(dims: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
+def param_shardings(dims: Any, shapes: Any, mesh: Mesh, rules: Rules) -> Any:
     """Shardings for a tree of parameters, from the trees of their dimension words and shapes."""
     return jax.tree.map(
         lambda names, leaf: NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules)),
@@ -73,21 +117,31 @@ def param_shardings(dims: Any, shapes: Any, mesh: Mesh, rules: Mapping[str, str]
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
+    """Into how many parts slots, images and the rows of a loss are cut."""
+    return text_shards(mesh) * mesh.shape["context"]
+
+
+def text_shards(mesh: Mesh) -> int:
+    """Into how many parts, each packed by itself, the text of a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def cut_rows(rows: int, mesh: Mesh) -> PartitionSpec:
+    """How so many rows lie: over as many of the axes that cut rows as divide them, else whole on every device."""
+    options = {row_shards(mesh): ROWS, text_shards(mesh): SHARDS}
+    return next((spec for shards, spec in options.items() if rows % shards == 0), PartitionSpec())
+
+
 def row_shardings(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
-    """Where host arrays belong: rows over (data, fsdp) where they divide evenly, else whole on every device.
+    """Where host arrays belong, by `cut_rows`; arrays without rows lie whole on every device.
 
     Rows are on `axis`, but for the fields that `axis_of` names (by their last path key).
     """
-    shards = row_shards(mesh)
 
     def sharding(path: tuple[Any, ...], array: np.ndarray) -> NamedSharding:
         rows = (axis_of or {}).get(path[-1].name, axis)
-        fits = array.ndim > rows and array.shape[rows] % shards == 0
-        return NamedSharding(mesh, PartitionSpec(*[None] * rows, *ROWS) if fits else PartitionSpec())
+        cut = cut_rows(array.shape[rows], mesh) if array.ndim > rows else PartitionSpec()
+        return NamedSharding(mesh, PartitionSpec(*[None] * rows, *cut) if cut else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -95,6 +149,23 @@ def row_shardings(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, in
 def place_rows(tree: Any, mesh: Mesh, axis: int = 0, axis_of: Mapping[str, int] | None = None) -> Any:
     """Put host arrays on the mesh, where `row_shardings` says."""
     return put(tree, row_shardings(tree, mesh, axis, axis_of))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Into how many parts a mesh cuts packed text, and images; images_here: those whose pixels this process's devices
+    see, None = all."""
+
+    text: int = 1
+    images: int = 1
+    images_here: frozenset[int] | None = None
+
+
+WHOLE = Parts()
+
+
+def parts_of(mesh: Mesh) -> Parts:
+    return Parts(text_shards(mesh), row_shards(mesh), shards_here(mesh))
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rethinker_jax.models.attention import Mask, Prefix
-from rethinker_jax.models.sharding import ROWS
+from rethinker_jax.models.sharding import cut_rows
 
 LANES = 128  # of a TPU's registers: tiles of keys and head dimensions are multiples
 BLOCKS = (512, 256, 128)  # tile sizes of queries and of keys; 512 by 512 fits v5e, v5p and v6e
@@ -81,7 +81,7 @@ def attend_splash(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows seq heads head_dim"]:
-    """By the splash kernel: rows over `data` and `fsdp`, heads over `tensor`, where these divide them.
+    """By the splash kernel: rows over the axes that cut them, heads over `tensor`, where these divide them.
 
     Sequences are padded to whole tiles and heads to whole lanes. `interpret`: as ordinary operations, without a TPU.
     """
@@ -205,7 +205,7 @@ def partition(rows: int, heads: int, kv_heads: int, mesh: Mesh | None) -> tuple[
     """
     if mesh is None:
         return PartitionSpec(None, None), 1
-    shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    copies = math.lcm(kv_heads, tensor) // kv_heads
+    copies = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
     fits = heads % (kv_heads * copies) == 0
-    return PartitionSpec(ROWS[0] if rows % shards == 0 else None, "tensor" if fits else None), copies if fits else 1
+    by_row = next(iter(cut_rows(rows, mesh)), None)
+    return PartitionSpec(by_row, "tensor" if fits else None), copies if fits else 1

@@ -80,7 +80,7 @@ def run(
         mesh=places.mesh,
         in_specs=(PartitionSpec(), places.prompts, ROWS, ROWS, PartitionSpec(), ROWS, ROWS),
         out_specs=ROWS,
-        axis_names={"data", "fsdp"},
+        axis_names=set(ROWS[0]),
         check_vma=False,
     )
     return places.put(shards(params, prompts, resumed, requests, rules, turn, state))
@@ -316,7 +316,7 @@ def _lengthen(places: Places, length: int, clock: Int[Array, " shards"], layer: 
         return one(layer[0], 3), one(layer[1], 2)
 
     shards = jax.shard_map(
-        shard, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names={"data", "fsdp"}, check_vma=False
+        shard, mesh=places.mesh, in_specs=ROWS, out_specs=ROWS, axis_names=set(ROWS[0]), check_vma=False
     )
     return places.put_caches(shards(clock, layer))
 

@@ -187,7 +187,7 @@ def prefill_responses(
         mesh=places.mesh,
         in_specs=(PartitionSpec(), places.prompts, ROWS, ROWS),
         out_specs=ROWS,
-        axis_names={"data", "fsdp"},
+        axis_names=set(ROWS[0]),
         check_vma=False,
     )
     return places.put_caches(shards(params, prompts, prompt_of, token_ids))

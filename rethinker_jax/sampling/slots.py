@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rethinker_jax.models.sharding import ROWS
+from rethinker_jax.models.sharding import ROWS, row_shards
 from rethinker_jax.sampling.caches import Caches, empty_caches
 from rethinker_jax.types import FinishReason
 
@@ -213,7 +213,7 @@ def start(places: Places, prompts: Prompts, requests: Requests, sizes: Sizes) ->
     """Idle slots and outputs that hold nothing but what is resumed. Call it inside jit."""
     keys = prompts.caches[0][0]
     layers, (_, kv_heads, head_dim, prompt_length) = len(prompts.caches), keys.shape
-    shards = places.mesh.shape["data"] * places.mesh.shape["fsdp"]
+    shards = row_shards(places.mesh)
 
     def empty(rows: int, length: int) -> Caches:
         return empty_caches(layers, rows, kv_heads, head_dim, length, keys.dtype)

@@ -4,11 +4,12 @@
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from rethinker_jax.config import BucketsConfig
+from rethinker_jax.models.sharding import WHOLE, Parts
 from rethinker_jax.prompts.batch import unique_images
 from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, choose_bucket, pack_images
 from rethinker_jax.training.layout import Shape, TrainBatch, TrainRow, lay_out, prompts_of
@@ -54,10 +55,10 @@ def pack_rows(
     completion_length: int,
     num_rows: int,
     buckets: BucketsConfig = BY_NEED,
-    shards: int = 1,
+    parts: Parts = WHOLE,
 ) -> TrainBatch:
     """`rows`, in their order, as one batch of `num_rows`; see `pack_micro_batches`."""
-    return pack_micro_batches(rows, geometry, completion_length, num_rows, 0, buckets, shards).batches[0]
+    return pack_micro_batches(rows, geometry, completion_length, num_rows, 0, buckets, parts).batches[0]
 
 
 def pack_micro_batches(
@@ -67,15 +68,14 @@ def pack_micro_batches(
     num_rows: int,
     micro_tokens: int = 0,
     buckets: BucketsConfig = BY_NEED,
-    shards: int = 1,
-    shards_here: Collection[int] | None = None,
+    parts: Parts = WHOLE,
 ) -> Packed:
     """Lay out `rows` for the update, in as few micro-batches as have about `micro_tokens` tokens a shard; 0 = in one.
 
-    `completion_length` bounds every completion. `num_rows`: what the rows of a single batch are padded to. `shards`:
-    into how many parts the mesh cuts a batch; `shards_here`: those whose pixels are wanted, None = all. Raises
-    ValueError for more rows than `num_rows`.
+    `completion_length` bounds every completion. `num_rows`: what the rows of a single batch are padded to. `parts`:
+    into which the mesh cuts a batch. Raises ValueError for more rows than `num_rows`.
     """
+    shards = parts.text
     if len(rows) > num_rows:
         raise ValueError(f"pack_micro_batches wants at most {num_rows} rows, got {len(rows)}")
     groups = group_rows(rows)
@@ -102,7 +102,7 @@ def pack_micro_batches(
         two_samplers=any(row.sampler_log_probs is not None for row in rows),
     )
     images = [unique_images(prompts_of(rows, numbers))[0] for numbers in members]
-    visions = _pack_visions(images, geometry, buckets.vision, shards, shards_here)
+    visions = _pack_visions(images, geometry, buckets.vision, parts)
     batches = tuple(
         lay_out(rows, numbers, cells[place * shards :][:shards], packed[place * shards :][:shards], vision, shape)
         for place, (numbers, vision) in enumerate(zip(members, visions, strict=True))
@@ -158,14 +158,15 @@ def _pack_visions(
     images: Sequence[Sequence[ImagePatches]],
     geometry: VisionGeometry,
     buckets: Sequence[tuple[int, int]],
-    shards: int,
-    shards_here: Collection[int] | None,
+    parts: Parts,
 ) -> Sequence[VisionBatch | None]:
     """The images of every batch, in one shape; None for all where there are none."""
     minimum = (1, 4)
     while True:
         visions = [
-            pack_images(some, geometry, buckets, row_multiple=shards, minimum=minimum, shards_here=shards_here)
+            pack_images(
+                some, geometry, buckets, row_multiple=parts.images, minimum=minimum, shards_here=parts.images_here
+            )
             if some
             else None
             for some in images

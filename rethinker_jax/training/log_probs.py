@@ -3,19 +3,21 @@
 No [rows, length, vocab] array exists, and no prompt is run twice.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import Attention
-from rethinker_jax.models.gather import take_rows
+from rethinker_jax.models.gather import Take, take_cut_rows, take_rows, take_whole, turn_table
 from rethinker_jax.models.qwen25vl import Model, Params, head_dims
-from rethinker_jax.models.sharding import ROWS, TRAINING_RULES, row_shards, spec_for
+from rethinker_jax.models.sharding import SHARDS, TRAINING_RULES, spec_for, text_shards
+from rethinker_jax.training.context import cut_tokens, cuts_tokens, exchange_heads
 from rethinker_jax.training.layout import PackedText, TrainBatch
 
 CHUNK_BYTES: int = 256 * 2**20  # of float32 logits held at once on a shard
@@ -39,17 +41,42 @@ def completion_log_probs(
 def packed_hidden(
     model: Model, params: Params, text: PackedText, table: Float[Array, "merged d_model"] | None
 ) -> Float[Array, "shards tokens d_model"]:
-    """Final hidden states (before the last norm) of each shard's flattened rows."""
-    shards = text.token_ids.shape[0]
-    x = model.embed(params, text.token_ids.reshape(shards, -1), text.image_index.reshape(shards, -1), table)
-    angles = model.angles(text.positions.reshape(3, shards, -1))
-    attend = functools.partial(_attend_packed, model.attention, text)
+    """Final hidden states (before the last norm) of each shard's flattened rows, padded where `context` cuts them."""
+    shards, mesh = text.token_ids.shape[0], model.mesh
+    ids, image_index = (cut_tokens(x.reshape(shards, -1), 1, mesh) for x in (text.token_ids, text.image_index))
+    x = cut_tokens(model.embed(params, ids, image_index, table, _taker(mesh, shards)), 1, mesh)
+    angles = model.angles(cut_tokens(text.positions.reshape(3, shards, -1), 2, mesh))
+    if mesh is not None and cuts_tokens(mesh):
+        one = dataclasses.replace(model.attention, mesh=None)
+        attend = exchange_heads(functools.partial(_attend_packed, one), text, mesh)
+    else:
+        attend = functools.partial(_attend_shards, model.attention, text)
     return model.run_layers(params["text"]["layers"], x, angles, attend)[0]
 
 
-def _attend_packed(
+def _taker(mesh: Mesh | None, shards: int) -> Take:
+    """How rows are taken from the embedding and from the images' table: on a mesh both are cut by columns."""
+    if mesh is None or mesh.size == 1 or shards % text_shards(mesh):
+        return take_whole
+
+    def take(table: jax.Array, index: jax.Array, words: tuple[str, str]) -> jax.Array:
+        spec = spec_for(words, table.shape, mesh, TRAINING_RULES)
+        if words[0] == "images":
+            table = turn_table(table, mesh, spec)
+        return take_cut_rows(table, index, mesh, spec)
+
+    return take
+
+
+def _attend_shards(
     attention: Attention, text: PackedText, query: jax.Array, key: jax.Array, value: jax.Array, cache: None
 ) -> tuple[Float[Array, "shards tokens heads head_dim"], None]:
+    return _attend_packed(attention, text, query, key, value), cache
+
+
+def _attend_packed(
+    attention: Attention, text: PackedText, query: jax.Array, key: jax.Array, value: jax.Array
+) -> Float[Array, "shards tokens heads head_dim"]:
     shards, rows, _ = text.segments.shape
 
     def by_rows(x: jax.Array) -> jax.Array:
@@ -67,7 +94,7 @@ def _attend_packed(
         )
     mask = Mask(causal=True, segments=text.segments.reshape(shards * rows, -1))
     context = attention(by_rows(query), by_rows(key), by_rows(value), mask, prefix)
-    return context.reshape(query.shape), cache
+    return context.reshape(query.shape)
 
 
 def token_log_probs(
@@ -79,9 +106,9 @@ def token_log_probs(
 ) -> tuple[Float[Array, "shards tokens"], Float[Array, "shards tokens"]]:
     """Log-probs of `targets` (natural log, full softmax, temperature 1) and the entropy of each distribution, float32.
 
-    `hidden[s, t]` is the state that predicts `targets[s, t]`. On a mesh each part works on its own rows and, over
-    `tensor`, its own words; the head is gathered over `fsdp` once, and its gradient crosses once. Left to XLA, both
-    would happen in every chunk. Without its gradient the entropy costs nothing backwards.
+    `hidden[s, t]` is the state that predicts `targets[s, t]`. On a mesh each part works on its own tokens and, over
+    `tensor`, its own words; the head is gathered over the other axes once, and its gradient crosses once. Left to XLA,
+    both would happen in every chunk. Without its gradient the entropy costs nothing backwards.
     """
     head = {"text": {key: params["text"][key] for key in ("norm", "head", "embedding") if key in params["text"]}}
     if "head" in head["text"]:
@@ -90,7 +117,7 @@ def token_log_probs(
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), head)
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, head)
     mesh = model.mesh
-    if mesh is None or mesh.size == 1 or hidden.shape[0] % row_shards(mesh):
+    if mesh is None or mesh.size == 1 or hidden.shape[0] % text_shards(mesh):
         return _chunked_log_probs(model, wide, dtypes, hidden, targets, with_entropy_gradient)
     specs = jax.tree.map(
         lambda leaf, words: spec_for(words, leaf.shape, mesh, TRAINING_RULES), head, head_dims(model.config)
@@ -101,30 +128,36 @@ def token_log_probs(
         whole = jax.tree.map(_whole, head, dtypes, specs)
         return _chunked_log_probs(model, whole, dtypes, hidden, targets, with_entropy_gradient, over)
 
-    parts = jax.shard_map(own_part, mesh=mesh, in_specs=(specs, ROWS, ROWS), out_specs=ROWS, check_vma=False)
-    return parts(wide, hidden, targets)
+    by_token = PartitionSpec(*SHARDS, "context")
+    parts = jax.shard_map(
+        own_part, mesh=mesh, in_specs=(specs, by_token, by_token), out_specs=by_token, check_vma=False
+    )
+    found = parts(wide, cut_tokens(hidden, 1, mesh), cut_tokens(targets, 1, mesh))
+    return found[0][:, : targets.shape[1]], found[1][:, : targets.shape[1]]
 
 
 def _whole(leaf: jax.Array, dtype: Any, spec: PartitionSpec) -> jax.Array:
-    """All parts of an array that is cut over `fsdp` by `spec`."""
-    for axis, name in enumerate(spec):
-        if name == "fsdp":
-            leaf = _gather(leaf, axis, dtype)
+    """All parts of an array that is cut by `spec`, but for those over `tensor`."""
+    for axis, names in enumerate(spec):
+        if names is not None and names != "tensor":
+            leaf = _gather(leaf, axis, names, dtype)
     return leaf
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(leaf: jax.Array, axis: int, dtype: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(leaf: jax.Array, axis: int, names: str | tuple[str, ...], dtype: Any) -> jax.Array:
     """The parts travel in `dtype`; backwards, each part gets the sum of what is its own, in float32."""
-    return jax.lax.all_gather(leaf.astype(dtype), "fsdp", axis=axis, tiled=True).astype(jnp.float32)
+    return jax.lax.all_gather(leaf.astype(dtype), names, axis=axis, tiled=True).astype(jnp.float32)
 
 
-def _gather_forward(leaf: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, None]:
-    return _gather(leaf, axis, dtype), None
+def _gather_forward(leaf: jax.Array, axis: int, names: str | tuple[str, ...], dtype: Any) -> tuple[jax.Array, None]:
+    return _gather(leaf, axis, names, dtype), None
 
 
-def _gather_backward(axis: int, _: Any, residuals: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+def _gather_backward(
+    axis: int, names: str | tuple[str, ...], _: Any, residuals: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (jax.lax.psum_scatter(gradient, names, scatter_dimension=axis, tiled=True),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
