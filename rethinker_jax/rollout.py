@@ -9,6 +9,7 @@ import numpy as np
 from rethinker_jax import peers, rethink
 from rethinker_jax.config import Config, RethinkConfig
 from rethinker_jax.models.qwen25vl import Params
+from rethinker_jax.phases import during
 from rethinker_jax.processes import exchange, is_mine
 from rethinker_jax.rewards.scorer import Pending, Response, Scorer
 from rethinker_jax.sampling.sampler import Budgets, Counters, Drawn, Kept, Request
@@ -86,11 +87,10 @@ class SecondPass:
 
 @dataclasses.dataclass(frozen=True)
 class Rolled:
-    """A rollout batch. `seconds_waited`: for verdicts, after the last token was drawn."""
+    """A rollout batch."""
 
     groups: list[Group]
     counters: Counters
-    seconds_waited: float
     second_pass: SecondPass | None = None
 
 
@@ -129,14 +129,13 @@ def roll_out(
     judging = Judging(requests, scorer)
     by_verdict = forced and config.rethink.rule == "paper"
     kept = Kept(config.rethink.max_first_tokens) if by_verdict else None
-    _, counters = system.sampler.generate(
-        params, requests, config.sampling, budgets, seed=seed, step=step,
-        second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
-        on_finished=judging.submit, kept=kept,
-    )  # fmt: skip
-    drawn_at = time.monotonic()
+    with during("rollout"):  # ends with the last token; only caches that are kept may still be moved by the device
+        _, counters = system.sampler.generate(
+            params, requests, config.sampling, budgets, seed=seed, step=step,
+            second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+            on_finished=judging.submit, kept=kept,
+        )  # fmt: skip
     rollouts = judging.result()
-    seconds_waited = time.monotonic() - drawn_at
     second = None
     if kept is not None:
         began_at = time.monotonic()
@@ -147,7 +146,7 @@ def roll_out(
     for place, (row, prompt) in enumerate(prompts):
         kept_of = keep(rollouts[place * n : (place + 1) * n], config)
         groups.append(Group(row, prompt, as_rows(kept_of, config.rethink), config.rethink))
-    return Rolled(groups, counters, seconds_waited, second)
+    return Rolled(groups, counters, second)
 
 
 class Judging:
@@ -172,6 +171,7 @@ class Judging:
         forced = [(self._requests[row].prompt, drawn.completion) for row, drawn in mine if drawn.first is not None]
         self._parts.append((mine, self._scorer.submit(firsts + forced)))
 
+    @during("verify")
     def result(self) -> list[Rollout]:
         """Waits for the verdicts; one rollout a request, in their order."""
         firsts: dict[int, Verdict] = {}
@@ -196,13 +196,13 @@ def all_verdicts(mine: Mapping[int, Verdict]) -> dict[int, Verdict]:
     """The verdicts of all processes, by what they are of."""
     if peers.count() == 1:
         return dict(mine)
-    peers.at("verify")
     found: dict[int, Verdict] = {}
     for said in exchange([[number, dataclasses.asdict(verdict)] for number, verdict in mine.items()]):
         found |= {number: Verdict(**fields) for number, fields in said}
     return found
 
 
+@during("verify")
 def judge_all(responses: Sequence[Response], scorer: Scorer) -> list[Verdict]:
     """The verdicts of responses that all processes have; each judges its share."""
     mine = {place: response for place, response in enumerate(responses) if is_mine(place)}
@@ -280,11 +280,12 @@ def _second_pass(
     first, second = min(config.sampling.max_new_tokens, config.rethink.max_first_tokens), config.rethink.max_new_tokens
     # Every prefix ends in a trigger, so nothing is drawn of a first response.
     budgets = Budgets(second, second, prefix_width=first + max(map(len, triggers)))
-    drawn, counters = system.sampler.generate(
-        params, requests, config.sampling, budgets, seed=config.run.seed, step=step,
-        second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
-        num_requests=len(rollouts), kept=kept,
-    )  # fmt: skip
+    with during("rollout"):
+        drawn, counters = system.sampler.generate(
+            params, requests, config.sampling, budgets, seed=config.run.seed, step=step,
+            second_temperature=config.rethink.temperature, num_prompts=config.rollout.prompts_per_step,
+            num_requests=len(rollouts), kept=kept,
+        )  # fmt: skip
     kept.drop()
     prompts = [rollouts[place].prompt for place in places]
     verdicts = judge_all([(prompt, one.completion) for prompt, one in zip(prompts, drawn, strict=True)], scorer)

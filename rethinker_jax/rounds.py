@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from rethinker_jax import rethink
 from rethinker_jax.config import Config
 from rethinker_jax.experience import greedy_rewards, with_advantages, with_trainer_rewards
+from rethinker_jax.phases import during
+from rethinker_jax.prompts_ahead import PromptsAhead
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group, Rolled, SecondPass, roll_out
 from rethinker_jax.run_data import Order, next_prompts
@@ -65,10 +67,12 @@ def draw_rounds(
     scorer: Scorer,
     run: RunDirectory,
     place: Place,
+    ahead: PromptsAhead | None = None,
 ) -> Rounds:
     """One rollout batch, and under `replay.mode: dynamic` up to `max_resamples` more, until a step's groups teach.
 
-    Those that wait count. It also ends where all rows that come were drawn in this step before.
+    Those that wait count. It also ends where all rows that come were drawn in this step before. Whether another batch
+    follows in this step or in the next, its prompts are those behind this one's: they are made `ahead` meanwhile.
     """
     rounds: list[Round] = []
     max_rounds = 1 + (config.replay.max_resamples if config.replay.mode == "dynamic" else 0)
@@ -76,19 +80,23 @@ def draw_rounds(
     while not rounds or (num_teaching < config.rollout.prompts_per_step and len(rounds) < max_rounds):
         begin_time = time.monotonic()
         taken = {group.problem for one in rounds for group in one.groups}
-        prompts = next_prompts(config, system, problems, order, cursor, place.step, run, taken)
+        prompts = next_prompts(config, system, problems, order, cursor, place.step, run, taken, ahead)
         cursor += config.rollout.prompts_per_step
         if not prompts:
             break
+        if ahead is not None and (place.step + 1 < config.run.num_steps or len(rounds) + 1 < max_rounds):
+            ahead.begin(cursor)
 
         # rollout, verify
         forced = rethink.active(config.rethink, place.step)
-        params = system.sampling_params(state.params)
+        with during("rollout"):  # the device goes on with it behind the block; drawing waits for it
+            params = system.sampling_params(state.params)
         rolled = roll_out(system, params, prompts, config, scorer, place.step, forced=forced)
         greedy = greedy_rewards(config, system, params, prompts, scorer, place.step)
         del params
         seconds = time.monotonic() - begin_time
-        groups, metrics = with_trainer_rewards(rolled.groups, config, system, updater, state, place.kl_coefficient)
+        with during("log_probs"):
+            groups, metrics = with_trainer_rewards(rolled.groups, config, system, updater, state, place.kl_coefficient)
 
         # advantage
         rounds.append(Round(rolled, with_advantages(groups, config, greedy), metrics, seconds))
@@ -110,7 +118,6 @@ def together(rounds: Sequence[Round], cursor: int) -> Rounds:
         Rolled(
             groups,
             _sum_counters([one.counters for one in rolled]),
-            sum(one.seconds_waited for one in rolled),
             second if passes else None,
         ),
         mean_metrics([one.metrics for one in rounds]),

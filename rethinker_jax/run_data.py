@@ -2,23 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rethinker_jax.config import Config
 from rethinker_jax.curation.curriculum import CurriculumOrder, easiness_of
 from rethinker_jax.errors import UserError
+from rethinker_jax.phases import during
 from rethinker_jax.processes import check_same, exchange, is_mine
-from rethinker_jax.prompts.build import BadPrompt
+from rethinker_jax.prompts.build import BadPrompt, Made
 from rethinker_jax.prompts.dataset import read_problems
 from rethinker_jax.prompts.order import DataOrder
+from rethinker_jax.prompts_ahead import Order, PromptsAhead, rows_at
 from rethinker_jax.rewards.terms import check_row
 from rethinker_jax.run_directory import RunDirectory, hash_of
 from rethinker_jax.system import System
 from rethinker_jax.types import Problem, Prompt
 from rethinker_jax.verify.judge import check_gold
-
-Order = DataOrder | CurriculumOrder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,7 @@ def data_order(config: Config, problems: Sequence[Problem]) -> Order:
     return CurriculumOrder(easiness, data.curriculum_stages, config.run.seed)
 
 
+@during("prompts")
 def next_prompts(
     config: Config,
     system: System,
@@ -123,30 +124,39 @@ def next_prompts(
     step: int,
     run: RunDirectory,
     taken: Collection[int] = (),
+    ahead: PromptsAhead | None = None,
 ) -> list[tuple[int, Prompt]]:
     """The prompts of a rollout batch with their row numbers, at `rollout.prompts_per_step` places from `cursor` on.
 
     A row met twice is taken once, and one that was `taken` in this step already not at all: its samples would be the
-    same. Rows that cannot become a prompt are listed in the run's bad_rows.jsonl and left out, up to
-    `run.max_bad_rows`. Raises UserError where no row is left and none was taken.
+    same. What was made `ahead` of them is used. Rows that cannot become a prompt are listed in the run's
+    bad_rows.jsonl and left out, up to `run.max_bad_rows`. Raises UserError where no row is left and none was taken.
     """
     count = config.rollout.prompts_per_step
-    rows = dict.fromkeys(order[cursor + place] for place in range(count))
-    wanted = [(row, problems[row]) for row in rows if row not in taken]
-    prompts = usable_prompts(config, system, wanted, step, run)
+    wanted = [row for row in rows_at(order, cursor, count) if row not in taken]
+    made = ahead.take(cursor, wanted) if ahead is not None else {}
+    prompts = usable_prompts(config, system, [(row, problems[row]) for row in wanted], step, run, made)
     if not prompts and not taken:
         raise UserError(f"step {step}: none of its {count} rows can be used; see {run.path / 'bad_rows.jsonl'}.")
     return prompts
 
 
+@during("prompts")
 def usable_prompts(
-    config: Config, system: System, rows: Sequence[tuple[int, Problem]], step: int, run: RunDirectory
+    config: Config,
+    system: System,
+    rows: Sequence[tuple[int, Problem]],
+    step: int,
+    run: RunDirectory,
+    made: Mapping[int, Made] | None = None,
 ) -> list[tuple[int, Prompt]]:
     """The prompts that can be made of (row number, problem); the others are listed in the run and left out.
 
-    Of several processes each decodes the pictures of some, and what it finds is told to all.
+    Of several processes each decodes the pictures of some, and what it finds is told to all. `made`: by row number
+    what the builder made of some of them already.
     """
-    prompts, bad = build_prompts(system, [problem for _, problem in rows])
+    places = {place: made[row] for place, (row, _) in enumerate(rows) if row in made} if made else {}
+    prompts, bad = build_prompts(system, [problem for _, problem in rows], places)
     bad = agreed(bad)
     for place, (kind, why) in bad.items():
         run.note_bad_row(step, rows[place][1].id, kind, why, config.run.max_bad_rows)
@@ -154,15 +164,19 @@ def usable_prompts(
 
 
 Bad = dict[int, tuple[str, str]]  # place → kind, why
+NOTHING_MADE: Mapping[int, Made] = {}
 
 
-def build_prompts(system: System, problems: Sequence[Problem]) -> tuple[dict[int, Prompt], Bad]:
-    """By place the prompts, and why there is none; with several processes, as far as this one knows."""
+def build_prompts(
+    system: System, problems: Sequence[Problem], made: Mapping[int, Made] = NOTHING_MADE
+) -> tuple[dict[int, Prompt], Bad]:
+    """By place the prompts, and why there is none; with several processes, as far as this one knows. `made`: by place
+    what the builder made of some of them already."""
     prompts: dict[int, Prompt] = {}
     bad: Bad = {}
     for place, problem in enumerate(problems):
         try:
-            prompts[place] = system.builder.build(problem)
+            prompts[place] = system.builder.build(problem, made.get(place))
             if is_mine(place):
                 system.builder.decode(prompts[place])
         except BadPrompt as error:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rethinker_jax import rethink
+from rethinker_jax import phases, rethink
 from rethinker_jax.models.flops import decoder_flops, image_work, merger_flops, vision_flops
 from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.prompts.batch import unique_images
@@ -17,11 +17,12 @@ from rethinker_jax.training.batch import Packed
 from rethinker_jax.training.packing import Group as PromptGroup
 from rethinker_jax.types import Verdict
 
-# Metrics that are read off a clock: two runs that do the same differ in these alone.
+# Metrics that are read off a clock, or tell where a process began: two runs that do the same differ in these alone.
 CLOCKS = (
-    "seconds", "seconds_rollout", "seconds_update", "seconds_compile", "seconds_waiting_for_verdicts",
-    "seconds_second_pass", "seconds_optimizer_steps", "seconds_validation", "tokens_per_second",
+    "seconds", *phases.METRICS.values(), "seconds_rollout", "seconds_update", "seconds_compile",
+    "seconds_second_pass", "seconds_optimizer_steps", "tokens_per_second",
     "rollout_tokens_per_second", "update_tokens_per_second", "update_mfu", "step_mfu", "verdict_ms",
+    "prompts_made_ahead", "prompts_thrown_away",
 )  # fmt: skip
 NOT_CORRECT = ("wrong", "no_answer", "bad_gold", "timeout", "crash")
 

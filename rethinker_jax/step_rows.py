@@ -8,6 +8,7 @@ import jax
 from rethinker_jax import replay
 from rethinker_jax.config import Config
 from rethinker_jax.experience import cut_batches, experience_of, trainer_log_probs, with_trainer_log_probs
+from rethinker_jax.phases import during
 from rethinker_jax.replay import Experience, Share
 from rethinker_jax.rounds import Rounds
 from rethinker_jax.system import System
@@ -39,26 +40,38 @@ def rows_of_step(
 
     `prompt_of` has the prompts of the rollouts by row number. Old log-probs are the trainer's where it is asked.
     """
-    n, update = config.rollout.samples_per_prompt, int(jax.device_get(state.num_updates))
-    drawn = [[experience_of(group, rollout, update) for rollout in group.rollouts] for group in rounds.groups]
-    shared, metrics = Share((), replay.joined(drawn), ()), {}
-    if config.replay.mode == "dynamic":
-        num_samples = config.rollout.prompts_per_step * n
-        carried = waiting(config, buffer, update)
-        shared = replay.share_out(drawn, carried, num_samples, config.advantage.epsilon)
-        metrics = {
-            "resample_rounds": rounds.num_resamples,
-            "resampled_groups": rounds.num_later,
-            "carried_groups": len(replay.by_sample(shared.surplus)) // n,
-        }
-        buffer = ()
+    shared, buffer, metrics = share_rows(config, rounds, buffer, int(jax.device_get(state.num_updates)))
     fresh, surplus = shared.fresh, shared.surplus
     if trainer_log_probs(config, system):
-        rows, gaps = with_trainer_log_probs(config, system, updater, state.params, [*fresh, *surplus], prompt_of)
+        with during("log_probs"):
+            rows, gaps = with_trainer_log_probs(config, system, updater, state.params, [*fresh, *surplus], prompt_of)
         fresh, surplus = tuple(rows[: len(fresh)]), tuple(rows[len(fresh) :])
         metrics |= gaps
     batches = cut_batches(config, [*shared.carried, *fresh], step)
     return StepRows(batches, (*buffer, *surplus), metrics)
+
+
+@during("replay")
+def share_rows(
+    config: Config, rounds: Rounds, buffer: Sequence[Experience], update: int
+) -> tuple[Share, Sequence[Experience], dict[str, float]]:
+    """The rows of the rollouts that began at optimizer step `update` and what they join, what stays in the buffer, and
+    the metrics of `replay.mode: dynamic`."""
+    n = config.rollout.samples_per_prompt
+    drawn = [[experience_of(group, rollout, update) for rollout in group.rollouts] for group in rounds.groups]
+    if config.replay.mode != "dynamic":
+        return Share((), replay.joined(drawn), ()), buffer, {}
+    num_samples, carried = config.rollout.prompts_per_step * n, waiting(config, buffer, update)
+    shared = replay.share_out(drawn, carried, num_samples, config.advantage.epsilon)
+    return (
+        shared,
+        (),
+        {
+            "resample_rounds": rounds.num_resamples,
+            "resampled_groups": rounds.num_later,
+            "carried_groups": len(replay.by_sample(shared.surplus)) // n,
+        },
+    )
 
 
 def waiting(config: Config, buffer: Sequence[Experience], update: int) -> tuple[Experience, ...]:

@@ -1,5 +1,8 @@
 """Problem → prompt: images to patches, text to ids, ids to positions."""
 
+import contextlib
+import dataclasses
+import os
 import threading
 from collections import OrderedDict
 
@@ -28,6 +31,17 @@ class BadPrompt(ValueError):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
+
+
+Files = tuple[tuple[int, int, int] | None, ...]  # of the picture files of a problem: inode, size, time of change in ns
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A prompt that was made before it is wanted, or why there is none, and its picture files as they were then."""
+
+    found: Prompt | BadPrompt
+    files: Files
 
 
 class PromptBuilder:
@@ -72,18 +86,46 @@ class PromptBuilder:
         self._cache: OrderedDict[str, Prompt] = OrderedDict()
         self._lock = threading.Lock()
 
-    def build(self, problem: Problem) -> Prompt:
-        """The prompt of a problem. Raises BadPrompt, short of decoding its images where that comes late."""
+    def build(self, problem: Problem, made: Made | None = None) -> Prompt:
+        """The prompt of a problem. Raises BadPrompt, short of decoding its images where that comes late.
+
+        `made` is what `make` gave of it; it counts as long as its picture files are what they were.
+        """
         with self._lock:
             cached = self._cache.get(problem.id)
             if cached is not None and cached.problem == problem:
                 self._cache.move_to_end(problem.id)
                 return cached
-        prompt = self._build(problem)
+        if made is None or made.files != _files_of(problem):
+            prompt = self._build(problem)
+        elif isinstance(made.found, BadPrompt):
+            raise made.found
+        else:
+            prompt = made.found
         if self._cache_size:
             with self._lock:
                 self._keep(prompt)
         return prompt
+
+    def make(self, problem: Problem, *, decode: bool) -> Made | None:
+        """What `build` would give now, for it to take over later; None where it has the prompt already.
+
+        Nothing is kept, so that what is kept, and which row is found to be bad when, does not depend on who asked
+        early. `decode`: also the images that are decoded late; one that cannot be is left to be found by `decode`.
+        """
+        with self._lock:
+            cached = self._cache.get(problem.id)
+            if cached is not None and cached.problem == problem:
+                return None
+        files = _files_of(problem)  # before they are read: a change meanwhile is seen
+        try:
+            prompt = self._build(problem)
+        except BadPrompt as error:
+            return Made(error, files)
+        if decode:
+            with contextlib.suppress(BadPrompt):
+                self.decode(prompt)
+        return Made(prompt, files)
 
     def check(self, problem: Problem) -> int:
         """Prompt length in tokens, from the headers of its images alone. Raises BadPrompt, short of decoding."""
@@ -155,6 +197,18 @@ class PromptBuilder:
             return preprocess(load_image(ref), self.image_settings)
         with open_image(ref) as image:
             return late_image(image, ref, self.image_settings)
+
+
+def _files_of(problem: Problem) -> Files:
+    return tuple(_state_of(image) for image in problem.images if isinstance(image, str))
+
+
+def _state_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _num_bytes(prompt: Prompt) -> int:

@@ -133,6 +133,18 @@ SPECS = (
         log=True,
     ),
     ChartSpec("speed", "Speed", "Sampled tokens per second.", (("tokens_per_second", "Tokens / s"),)),
+    ChartSpec(
+        "phases",
+        "Where the time goes",
+        "Seconds of a step in which the run waits for each.",
+        (
+            ("seconds_device_steps", "Optimizer steps"),
+            ("seconds_sampling", "Sampling"),
+            ("seconds_prompts", "Prompts"),
+            ("seconds_waiting_for_verdicts", "Verdicts"),
+        ),
+        "seconds",
+    ),
 )
 
 
