@@ -30,12 +30,24 @@ def start_jax(config: Config) -> None:
     """
     if os.environ.get("JAX_NUM_CPU_DEVICES") and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
+    if running_in_cloud_tpu_vm:
+        os.environ["XLA_FLAGS"] = tpu_flags(os.environ.get("XLA_FLAGS", ""))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         _set_compilation_cache(config.run.compilation_cache)
     # jax skips programs that compile in under a second; a small run is made of those.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if not jax.distributed.is_initialized():
         _join_job(config)
+
+
+def tpu_flags(given: str) -> str:
+    """XLA_FLAGS for TPUs: what was given, and without the pass that takes sums over devices out of loops.
+
+    It does not take the update of a 7B model (libtpu 0.0.42: `while_loop_all_reduce_code_motion.cc ... RET_CHECK`), and
+    makes wrong sums of an embedding's gradients over micro-batches (0.0.48: github.com/openxla/xla/issues/49143).
+    """
+    option = "--xla_disable_hlo_passes="
+    return given if option in given else f"{given} {option}while-loop-all-reduce-code-motion".strip()
 
 
 # Peak of dense bfloat16 products of one device, in TFLOP/s, by the beginning of its kind; the makers' figures.
@@ -107,12 +119,11 @@ def _set_compilation_cache(directory: str) -> None:
 def _join_job(config: Config) -> None:
     """Joins the other processes of a job, if a launcher started this one, and begins to watch them.
 
-    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; else what srun and mpirun set for more
-    than one process, and on TPU hosts what the machine's metadata say. Raises UserError where a process does not belong
-    to the job, and Stopped where one is missing after RETHINKER_JOIN_TIMEOUT_S seconds (300). A job that has not moved
-    for RETHINKER_STALL_TIMEOUT_S (3600: compiling a large program takes minutes) is ended.
+    Raises UserError where a process does not belong to the job, and Stopped where one is missing after
+    RETHINKER_JOIN_TIMEOUT_S seconds (300). A job that has not moved for RETHINKER_STALL_TIMEOUT_S (3600: compiling a
+    large program takes minutes) is ended.
     """
-    found = _job_of_environment() or _job_of_launcher()
+    found = find_job()
     if found is None:
         return
     address, count, index = found
@@ -129,8 +140,18 @@ def _join_job(config: Config) -> None:
     peers.watch(board, index, count, address, stall_s)
 
 
+def find_job() -> tuple[str, int, int] | None:
+    """(coordinator's address, processes, number of this one), or None where this process was started alone.
+
+    Read are JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID; else what srun and mpirun set for more
+    than one process, and on TPU hosts what GKE sets or the machine's metadata say. Raises UserError where a launcher
+    started several processes and does not say where they meet: alone, each would be a run of its own.
+    """
+    return _job_of_environment() or _job_of_launcher()
+
+
 def _job_of_environment() -> tuple[str, int, int] | None:
-    """(coordinator's address, processes, number of this one) from the variables that are jax's own."""
+    """From the variables that are jax's own. The address alone is for a launcher that does not tell it."""
     env = os.environ
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [name for name in names if env.get(name)]
@@ -149,20 +170,38 @@ def _job_of_environment() -> tuple[str, int, int] | None:
 
 
 def _job_of_launcher() -> tuple[str, int, int] | None:
-    """The same from a launcher that jax knows; None where this process was started alone."""
+    """From a launcher that jax knows (jax/_src/clusters: the variables' names are from there)."""
     env = os.environ
-    launched = (
-        int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-        or (running_in_cloud_tpu_vm and os.environ.get("JAX_PLATFORMS") != "cpu")
-    )
-    if not launched:
+    on_tpu = env.get("JAX_PLATFORMS") != "cpu"
+    several = {
+        "SLURM_STEP_NUM_TASKS": _number("SLURM_STEP_NUM_TASKS") > 1,
+        "OMPI_COMM_WORLD_SIZE": _number("OMPI_COMM_WORLD_SIZE") > 1,
+        "TPU_WORKER_HOSTNAMES": on_tpu and "," in env.get("TPU_WORKER_HOSTNAMES", ""),
+        "MEGASCALE_NUM_SLICES": on_tpu and _number("MEGASCALE_NUM_SLICES") > 1,
+    }
+    launcher = next((name for name, says_so in several.items() if says_so), None)
+    if launcher is None and not (on_tpu and running_in_cloud_tpu_vm):
         return None
-    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 60)
-    if address is None or count is None or index is None or count == 1:
-        return None
-    return address, count, index
+    told = env.get("JAX_COORDINATOR_ADDRESS") or None
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(told, None, None, None, None, 60)
+    if launcher == "OMPI_COMM_WORLD_SIZE" and count is None:  # Open MPI 5 has not told jax's detection that it is there
+        count, index = _number(launcher), _number("OMPI_COMM_WORLD_RANK", 0)
+    if address is None or count is None or index is None:
+        if launcher is None:
+            return None
+        raise UserError(
+            f"{launcher}={env[launcher]}: this is one of several processes, and jax did not find out where they meet. "
+            "Set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID (under Open MPI 5 the first "
+            f"is enough), or unset {launcher} for a run of its own."
+        )
+    return (address, count, index) if count > 1 else None
+
+
+def _number(name: str, default: int = 1) -> int:
+    said = os.environ.get(name) or str(default)
+    if not said.isdecimal():
+        raise UserError(f"{name}={said}: wanted a whole number, as the launcher sets it")
+    return int(said)
 
 
 def _seconds(name: str, default: float) -> float:

@@ -21,7 +21,7 @@ usage: scripts/gpu_nodes.sh [options] --hosts HOST[,HOST ...] COMMAND
 
 Hosts are reached by ssh without a password. First, on each: python -m venv .venv && .venv/bin/pip install '.[gpu]'.
 NCCL_* and XLA_* of this shell are passed on. Exit code 75 starts the run again on its host, other codes do not.
-One host at a time: several join one job, but training in several processes does not work yet. Not tried on GPUs.
+The hosts join one job. Not tried on GPUs.
 END
 }
 
@@ -67,8 +67,14 @@ loop() {
         die "a run is there already: process $(cat runs/gpu_node.pid)"
     fi
     echo $$ >runs/gpu_node.pid
+    rm -f runs/gpu_node.starts
     trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM
     while :; do
+        if ! .venv/bin/python -m rethinker_jax.starts runs/gpu_node.starts "$@"; then
+            echo 2 >runs/gpu_node.code
+            exit 2
+        fi
+        [ -z "$stopped" ] || exit 75
         .venv/bin/python -m rethinker_jax.main "$@" &
         child=$!
         code=0

@@ -21,7 +21,7 @@ nodes, GPUs and time are options of sbatch: sbatch -p gpu --gpus-per-node=4 --ti
 
 Ten minutes before the time is up (--signal), and when the job is preempted, the run saves and stops with 75. 75 puts
 the job into the queue again, and the run goes on from its checkpoint. Keep steps shorter than those ten minutes.
-One node at a time: training in several processes does not work yet. This script has not run on a cluster.
+The nodes join one job; the directory must lie on a disk that they share. This script has not run on a cluster.
 END
 }
 
@@ -59,6 +59,9 @@ fi
     echo "error: no .venv in $PWD; scripts/slurm.sh --help" >&2
     exit 2
 }
+
+# The count goes with the job: another one has another number.
+.venv/bin/python -m rethinker_jax.starts "runs/slurm-$SLURM_JOB_ID.starts" "$@"
 
 # To the processes, not to srun: on SIGTERM srun kills them. Signals other than SIGKILL pass the batch script by.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM

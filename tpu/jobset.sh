@@ -13,7 +13,7 @@ Prints the manifest of a run on GKE; nothing is sent. Send it with
 
 CONFIG is a path inside the image (tpu/Dockerfile copies configs/); WORDs are those of the program.
 --env FILE: settings (default: tpu/jobset.env; tpu/jobset.env.example explains them).
-One node at a time: training in several processes does not work yet. Nothing here has run on GKE.
+All nodes and slices join one job. Nothing here has run on GKE.
 END
 }
 

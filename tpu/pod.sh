@@ -24,7 +24,7 @@ usage: tpu/pod.sh [options] COMMAND
   --dry-run               print the gcloud commands instead of running them
 
 CONFIG is a file of this repository; WORDs are those of the program: --mesh fsdp=4, section.key=value.
-One host at a time: a slice of several hosts joins one job, but training in several processes does not work yet.
+All hosts of a slice, and of several slices, join one job: give them a BUCKET, because they share the run's directory.
 Nothing here has run on Google Cloud. docs/pods.md goes from an empty project to a 7B run.
 Exit codes: 0 done, 2 bad input, else that of the command that failed; watch ends with the exit code of the run (75: stopped by hand).
 END

@@ -2,8 +2,8 @@
 # Runs on the workers of a pod, called by pod.sh: setup [BUCKET] | start WORD... | launch | state | logs LINES | stop.
 #
 # A run is the systemd unit `rethinker`, so it outlives the ssh session, starts again after a reboot and after exit code
-# 75 (stopped with a checkpoint saved), and gets SIGTERM when the machine is told to go. The bucket is a unit of its
-# own, which systemd stops after the run.
+# 75 (stopped with a checkpoint saved), unless it makes no step between restarts, and gets SIGTERM when the machine is
+# told to go. The bucket is a unit of its own, which systemd stops after the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 STATE=$HOME/.rethinker
@@ -85,6 +85,7 @@ start() {
     [ ! -e /etc/systemd/system/rethinker-bucket.service ] || needs+=" rethinker-bucket.service"
     mkdir -p "$STATE"
     printf '%s\0' "$@" >"$STATE/words"
+    rm -f "$STATE/starts"
     # KillMode=mixed: SIGTERM goes to the program alone, and what it started goes when it has saved.
     write_unit rethinker <<UNIT
 [Unit]
@@ -139,7 +140,7 @@ join_job() {
     export JAX_COORDINATOR_ADDRESS=$first:$PORT
     export JAX_NUM_PROCESSES=$((hosts * slices))
     export JAX_PROCESS_ID=$((${slice:-0} * hosts + $(metadata agent-worker-number)))
-    echo "$(hostname): process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES. Training in several processes does not work yet." >&2
+    echo "$(hostname): process $JAX_PROCESS_ID of $JAX_NUM_PROCESSES, coordinator $JAX_COORDINATOR_ADDRESS" >&2
 }
 
 launch() {
@@ -154,6 +155,7 @@ launch() {
     while IFS= read -r -d '' word; do
         words+=("$word")
     done <"$STATE/words"
+    .venv/bin/python -m rethinker_jax.starts "$STATE/starts" "${words[@]}"
     exec .venv/bin/python -m rethinker_jax.main "${words[@]}"
 }
 
