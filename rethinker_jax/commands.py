@@ -13,7 +13,7 @@ from rethinker_jax.commands_plan import plan_options, run_plan
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import config_name, load_config, load_defaults
 from rethinker_jax.errors import UserError
-from rethinker_jax.options import EVALUATE_NAMES, SampleOptions, ScoreOptions
+from rethinker_jax.options import EVALUATE_NAMES, SampleOptions, ScoreOptions, parse_profile
 from rethinker_jax.request import Request, with_model
 
 
@@ -21,22 +21,30 @@ def _no_options(parser: argparse.ArgumentParser) -> None:
     """For commands that are told everything by their config."""
 
 
+def _profile_option(parser: argparse.ArgumentParser) -> None:
+    # Written as --profile=STEPS by `main`, so that a config behind it is not taken for its value.
+    said = "trace a few steps and say where their time goes: the 2nd to 4th of this process, or as in --profile 5-6"
+    parser.add_argument("--profile", metavar="FIRST-LAST", help=said)
+
+
 def _train(request: Request) -> None:
+    profile = parse_profile(request.options.profile)
     config = request.config(lambda overrides: load_config(None, overrides))
     from rethinker_jax.devices import start_jax
     from rethinker_jax.loop import train
 
     start_jax(config)
-    train(config, config_name(request.config_path()))
+    train(config, config_name(request.config_path()), profile)
 
 
 def _sft(request: Request) -> None:
+    profile = parse_profile(request.options.profile)
     config = request.config(lambda overrides: load_config(None, overrides))
     from rethinker_jax.devices import start_jax
     from rethinker_jax.sft import fine_tune
 
     start_jax(config)
-    fine_tune(config, config_name(request.config_path()))
+    fine_tune(config, config_name(request.config_path()), profile)
 
 
 def _pipeline(request: Request) -> None:
@@ -224,21 +232,21 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "reinforcement learning by a config (the default; without a config, the embedded example)",
-        "[CONFIG.yaml] [--mesh [SPEC]] [section.key=value ...]",
+        "[CONFIG.yaml] [--mesh [SPEC]] [--profile [FIRST-LAST]] [section.key=value ...]",
         "Samples completions, verifies them, and learns from the verdicts, with an evaluation before and after.\n"
         "Writes config.yaml, metrics.jsonl, rollouts/, checkpoints/, tensorboard/, summary.json and report.html to\n"
         "run.dir, and goes on from the last checkpoint that it finds there.",
         _train,
-        sections=tuple(
-            field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select", "distill")
-        ),
+        _profile_option,
+        tuple(field.name for field in dataclasses.fields(Config) if field.name not in ("sft", "select", "distill")),
     ),
     "sft": Command(
         "supervised fine-tuning on completions",
-        "[CONFIG.yaml] [--mesh [SPEC]] sft.data=ROWS [section.key=value ...]",
+        "[CONFIG.yaml] [--mesh [SPEC]] [--profile [FIRST-LAST]] sft.data=ROWS [section.key=value ...]",
         "Learns the completions of rows that hold a problem and its `completion`. Resumes from its run directory.",
         _sft,
-        sections=("run", "model", "mesh", "data", "optimizer", "training", "sft"),
+        _profile_option,
+        ("run", "model", "mesh", "data", "optimizer", "training", "sft"),
     ),
     "pipeline": Command(
         "a recipe of several stages, resumable per stage",

@@ -33,9 +33,15 @@ def run_plan(request: Request) -> None:
     config = request.config(load_defaults)
     if options.topology is None:
         raise UserError("plan: wanted --topology NAME, such as --topology v5p:4x4x4, v6e-64 or h100:8")
+    if config.mesh.search and not options.suggest:
+        raise UserError("plan: --mesh auto searches on devices that are there; wanted --suggest, or sizes after --mesh")
     if options.json is not None and not options.json.parent.is_dir():
         raise UserError(f"plan: --json {options.json}: no such directory: {options.json.parent}")
     os.environ.update(ENVIRONMENT | (QUICK if options.quick else {}))
+    from rethinker_jax.devices import tpu_flags
+
+    if not options.topology.lower().startswith(("h100", "h200")):
+        os.environ["XLA_FLAGS"] = tpu_flags(os.environ.get("XLA_FLAGS", ""))  # as a run on TPUs has them
     from rethinker_jax.planning.command import plan
 
     plan(config, options.topology, options.json, options.suggest)

@@ -41,7 +41,7 @@ def check(config: Config) -> list[str]:
 
 def check_mesh(mesh: MeshConfig) -> list[str]:
     """Axis sizes are positive, except that at most one may be -1. Whether they fit the devices is known only later."""
-    sizes = dataclasses.asdict(mesh)
+    sizes = mesh.sizes
     problems = [
         f"mesh.{axis} is {size}; wanted a positive number, or -1 for the devices that are left"
         for axis, size in sizes.items()

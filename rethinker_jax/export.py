@@ -49,7 +49,7 @@ def export(source: Path, output: Path, checkpoint: str | None = None) -> Path:
         raise UserError(f"export: --output {output}: cannot be written ({error.strerror}).") from error
     start_jax(config)
     found = found[0], first_says(_step_of(*found, checkpoint))
-    system, params = load_trained(checkpoint_of(*found, config))
+    system, params = load_trained(checkpoint_of(*found, config), "score")
     write_model_directory(system.directory, output, system.model.config, system.merged_params(params))
     if is_first():
         print(output)

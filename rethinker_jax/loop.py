@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 from rethinker_jax import health, peers, replay, validation
+from rethinker_jax.chosen_mesh import on_mesh
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress, parameter_line, print_summary
 from rethinker_jax.devices import CompileCounter, peak_flops, start_jax
@@ -19,7 +21,11 @@ from rethinker_jax.experience import loss_of, make_batches, trainer_log_probs
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.flops import update_flops
 from rethinker_jax.models.parts import count_parameters
+from rethinker_jax.options import ProfileSteps
+from rethinker_jax.phases import Laps, during
 from rethinker_jax.processes import exchange, first_says
+from rethinker_jax.profiling import Profiler
+from rethinker_jax.prompts_ahead import PromptsAhead
 from rethinker_jax.report import write_report
 from rethinker_jax.rewards.scorer import Scorer
 from rethinker_jax.rollout import Group
@@ -66,8 +72,11 @@ class Progress:
         return {"wall_s": time.monotonic() - self.started[0], "cpu_s": time.process_time() - self.started[1]}
 
 
-def train(config: Config, name: str) -> Path:
-    """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns its directory."""
+def train(config: Config, name: str, profile: ProfileSteps | None = None) -> Path:
+    """The `train` command: run `config` to its end, from its last checkpoint if there is one. Returns its directory.
+
+    `profile`: the steps to leave a trace of.
+    """
     started = time.monotonic(), time.process_time()
     run = RunDirectory(Path(config.run.dir or f"runs/{name}"), "rl")
     with run.locked(), listening() as stop:
@@ -78,6 +87,7 @@ def train(config: Config, name: str) -> Path:
             splits = load_splits(config, run)
             # Before the model: a reward function that cannot be used is said at once.
             with VerifierPool(config.verifier) as pool, Scorer(config, pool) as scorer:
+                config = on_mesh(config, "rl")
                 system = load_system(config)
                 kept = config.run.keep_checkpoints, config.run.keep_best if config.data.validation else 0
                 store = CheckpointStore(run.path / "checkpoints", *kept, manifest=run.manifest(config))
@@ -86,7 +96,11 @@ def train(config: Config, name: str) -> Path:
                     run.start(config)
                     # Behind a damaged checkpoint, lines are redone.
                     with MetricsLog(run.path, progress.step, writes=run.writes) as log:
-                        run_steps(run, config, name, system, splits, updater, progress, scorer, log, store, stop)
+                        run_steps(
+                            run, config, name, system, splits, updater, progress, scorer, log, store, stop, profile
+                        )
+        elif profile is not None:
+            print("--profile: this run is finished, no step is traced", file=sys.stderr)
         if run.writes:
             paths = {"report": write_report(run.path), "checkpoint": run.path / "checkpoints"}
             bad_rows = run.path / "bad_rows.jsonl"
@@ -107,42 +121,45 @@ def run_steps(
     log: MetricsLog,
     store: CheckpointStore,
     stop: StopRequest,
+    profile: ProfileSteps | None = None,
 ) -> None:
     """Evaluate, train, evaluate; leave checkpoints, metrics, rollouts and a summary in `run`."""
     test = [prompt for _, prompt in usable_prompts(config, system, list(enumerate(splits.test)), -1, run)]
-    order, held_out = data_order(config, splits.train), splits.validation
-    with RunProgress(config.run.num_steps, progress.step, title=name, quiet=not run.writes) as shown:
+    order, num_steps = data_order(config, splits.train), config.run.num_steps
+    with (
+        RunProgress(num_steps, progress.step, title=name, quiet=not run.writes) as shown,
+        Profiler(profile, progress.step, num_steps, run.path, shown.note) as profiler,
+        PromptsAhead(system.builder, splits.train, order, config.rollout.prompts_per_step) as ahead,
+    ):
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if progress.before is None:
             shown.phase("evaluation before")
             progress.before = evaluate_and_keep("before", config, system, progress.state, test, scorer, run).scores
         if validation.is_due(config, 0) and progress.validation_before is None:
             shown.phase("validation before")
-            progress.validation_before = validation.measure(config, system, held_out, progress.state, scorer, run)
+            progress.validation_before, _ = validate(config, system, splits, progress, scorer, run)
         shown.phase("training")
-        watch, due = health.Watch(config, log.path, progress.step), False
-        while progress.step < config.run.num_steps:
-            with stop.held():
-                metrics, groups = train_step(config, system, updater, splits.train, order, scorer, progress, run)
+        watch, due, laps = health.Watch(config, log.path, progress.step), False, Laps()
+        while progress.step < num_steps:
+            with stop.held(), profiler.step(progress.step):
+                metrics, groups = train_step(config, system, updater, splits.train, order, scorer, progress, run, ahead)
                 measured = None
                 if validation.is_due(config, progress.step):
                     shown.phase("validation")
-                    measured, added = validation.measure_step(config, system, held_out, progress.state, scorer, run)
+                    measured, added = validate(config, system, splits, progress, scorer, run)
                     metrics |= added
                     shown.note(validation.as_line(progress.step, measured))
                 ringing, said = watch.look(progress.step - 1, metrics)
-                metrics |= ringing
                 for line in said:
                     shown.note(line)
-                log.write(progress.step - 1, metrics)
-                last = progress.step == config.run.num_steps
-                if is_recorded(config, progress.step - 1) or watch.stops:
-                    run.write_rollouts(progress.step - 1, groups)
+                metrics |= ringing | laps.metrics()
+                recorded = is_recorded(config, progress.step - 1) or watch.stops
+                write_step(run, log, progress.step - 1, metrics, groups if recorded else None)
                 watch.refuse(store.directory, store.latest_step)
                 chosen_from = measured is not None and config.run.keep_best > 0
                 stop_asked = stop.agree(exchange(stop.asked))
                 due = due or progress.step % config.run.save_every == 0
-                if (due and not watch.is_suspect) or last or stop_asked or chosen_from:
+                if (due and not watch.is_suspect) or progress.step == num_steps or stop_asked or chosen_from:
                     save(store, progress, splits, measured)
                     due = False
                 shown.update(progress.step, {name: metrics[name] for name in SHOWN})
@@ -154,6 +171,25 @@ def run_steps(
         run.write_summary(summary | {"rows_left_out": health.rows_left_out(run.path / "bad_rows.jsonl")})
 
 
+@during("write")
+def write_step(
+    run: RunDirectory, log: MetricsLog, step: int, metrics: Mapping[str, float], groups: Sequence[Group] | None
+) -> None:
+    """The line of a step, and its rollouts where they are recorded."""
+    log.write(step, metrics)
+    if groups is not None:
+        run.write_rollouts(step, groups)
+
+
+@during("validation")
+def validate(
+    config: Config, system: System, splits: Splits, progress: Progress, scorer: Scorer, run: RunDirectory
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What `validation.measure_step` says of the weights of now."""
+    return validation.measure_step(config, system, splits.validation, progress.state, scorer, run)
+
+
+@during("evaluation")
 def evaluate_and_keep(
     when: str,
     config: Config,
@@ -215,8 +251,12 @@ def train_step(
     scorer: Scorer,
     progress: Progress,
     run: RunDirectory,
+    ahead: PromptsAhead | None = None,
 ) -> tuple[dict[str, float], list[Group]]:
-    """One step: rollout batches, mostly one, and optimizer steps. Changes `progress`; returns metrics and rollouts."""
+    """One step: rollout batches, mostly one, and optimizer steps. Changes `progress`; returns metrics and rollouts.
+
+    With `ahead` the prompts of the batch behind them are made meanwhile.
+    """
     begin_time, compiled = time.monotonic(), CompileCounter()
     peers.at(f"step {progress.step}")
     update = int(jax.device_get(progress.state.num_updates))
@@ -224,7 +264,7 @@ def train_step(
     # prompt, rollout, verify, advantage
     waiting = num_waiting(config, progress.buffer, update)
     place = Place(progress.step, progress.cursor, progress.kl_coefficient, waiting)
-    rounds = draw_rounds(config, system, updater, progress.state, problems, order, scorer, run, place)
+    rounds = draw_rounds(config, system, updater, progress.state, problems, order, scorer, run, place, ahead)
     groups, progress.cursor = rounds.groups, rounds.cursor
     metrics = rounds.metrics | rollout_metrics(groups, config.advantage.epsilon) | sampling_metrics(rounds.rolled)
 
@@ -242,11 +282,12 @@ def train_step(
     metrics |= made
     metrics["skipped_updates"] = int(jax.device_get(progress.state.num_skipped))
     if is_recorded(config, progress.step):
-        run.write_trained(progress.step, work.trained)
+        with during("write"):
+            run.write_trained(progress.step, work.trained)
 
     progress.step += 1
     metrics["replay_size"] = len(progress.buffer)
-    metrics["seconds_waiting_for_verdicts"] = rounds.rolled.seconds_waited
+    metrics |= ahead.counts() if ahead is not None else {}
     metrics["seconds_compile"] = compiled.seconds
     peak = peak_flops(jax.devices()[0].device_kind, config.run.peak_tflops, system.dtype)
     seconds = time.monotonic() - begin_time
@@ -272,17 +313,20 @@ def learn(
     found, work, begin_time = [], UpdateWork(), time.monotonic()
     drawn_at, rollout = int(jax.device_get(progress.state.num_updates)), replay.joined(batches)
     for number, raw in enumerate(batches):
-        peers.at("update")
         update = int(jax.device_get(progress.state.num_updates))
         epsilon, name = config.advantage.epsilon, (config.run.seed, update)
-        chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, rollout, drawn_at)
+        with during("replay"):
+            chosen = replay.select(raw, progress.buffer, config.replay, epsilon, name, rollout, drawn_at)
         progress.buffer = chosen.buffer
         sums: dict[str, Any] = {}
         if chosen.fresh or chosen.replayed:  # else nothing to learn from: no sample differs from its siblings
             replayed = {one.problem: problems[one.problem] for one in chosen.replayed if one.problem not in prompt_of}
             prompt_of |= dict(usable_prompts(config, system, list(replayed.items()), progress.step, run))
-            packed = make_batches(config, system, prompt_of, chosen, number == 0)
-            progress.state, made = updater.step(progress.state, packed.batches, progress.kl_coefficient)
+            with during("pack"):
+                packed = make_batches(config, system, prompt_of, chosen, number == 0)
+            with during("update"):  # until the device has done it: its numbers are read right here
+                progress.state, made = updater.step(progress.state, packed.batches, progress.kl_coefficient)
+                made = jax.device_get(made)
             sums = made | packing_metrics(packed)
             work.tokens += packed.num_tokens
             work.flops += update_flops(
@@ -308,11 +352,11 @@ def follow_kl(config: Config, progress: Progress, metrics: Mapping[str, Any], nu
         )
 
 
+@during("checkpoint")
 def save(
     store: CheckpointStore, progress: Progress, splits: Splits, measured: Mapping[str, float] | None = None
 ) -> None:
     """Begin to write a checkpoint; `measured` is what its weights reach on the validation rows."""
-    peers.at("checkpoint")
     meta = {"step": progress.step, "before": progress.before, "data": splits.hash} | progress.spent
     meta |= {"kl_coefficient": progress.kl_coefficient, "cursor": progress.cursor}
     if splits.validation:

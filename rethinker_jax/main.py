@@ -18,7 +18,9 @@ from rethinker_jax import __version__, peers
 from rethinker_jax.commands import COMMANDS, Request
 from rethinker_jax.config_keys import ALL_KEYS, listing, nearest
 from rethinker_jax.errors import Stopped, UserError
+from rethinker_jax.job_options import take_job_options
 from rethinker_jax.mesh_spec import is_mesh_spec, parse_mesh
+from rethinker_jax.options import is_profile_steps
 
 PROGRAM = "python -m rethinker_jax.main"
 MEMORY_LEVERS = (
@@ -36,8 +38,12 @@ section.key=value  overrides one key; may stand anywhere and be repeated, the la
 """
 _MESH_HELP = """\
 --mesh             every visible device on the fsdp axis
---mesh SPEC        sizes of the axes data, fsdp and tensor: data=2,fsdp=4,tensor=2; -1 takes the devices left, an axis
-                   not named has size 1. Without --mesh, the config's. JAX_NUM_CPU_DEVICES=8 simulates eight devices
+--mesh auto        the quickest sizes that are estimated to fit the devices; the run says which, and why
+--mesh SPEC        sizes of the axes data, fsdp, context and tensor: data=2,fsdp=4,tensor=2; -1 takes the devices left,
+                   an axis not named has size 1. context cuts the tokens of an update, for prompts too long for a
+                   device. Without --mesh, the config's. JAX_NUM_CPU_DEVICES=8 simulates eight devices
+--coordinator HOST:PORT --processes N --process I
+                   the place of this process in a job of N, I from 0, where no launcher tells it
 """
 
 
@@ -86,29 +92,34 @@ def _command_parser(name: str, with_help: bool) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     if command.takes_mesh:
-        # Written as --mesh=SPEC by `_join_mesh`; it is explained in the epilog.
+        # Written as --mesh=SPEC by `_join_values`; it is explained in the epilog.
         parser.add_argument("--mesh", help=argparse.SUPPRESS)
     command.add_options(parser)
     return parser
 
 
-def _join_mesh(arguments: Sequence[str]) -> list[str]:
+# Options that may stand alone, and which of the words behind them are meant for them.
+_MAY_HAVE_VALUE = {"--mesh": is_mesh_spec, "--profile": is_profile_steps}
+
+
+def _join_values(arguments: Sequence[str]) -> list[str]:
     """`--mesh SPEC` → `--mesh=SPEC` and a bare `--mesh` → `--mesh=`, so that no other word is taken for a SPEC."""
     joined: list[str] = []
     for word in arguments:
-        if joined and joined[-1] == "--mesh":
-            joined[-1] = "--mesh="
-            if is_mesh_spec(word):
+        takes = _MAY_HAVE_VALUE.get(joined[-1]) if joined else None
+        if takes is not None:
+            joined[-1] += "="
+            if takes(word):
                 joined[-1] += word
                 continue
         joined.append(word)
-    return [*joined[:-1], "--mesh="] if joined[-1:] == ["--mesh"] else joined
+    return [*joined[:-1], f"{joined[-1]}="] if joined and joined[-1] in _MAY_HAVE_VALUE else joined
 
 
 def _split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The command (default train) and the other arguments; only --mesh and overrides may stand before it."""
+    """The command (default train) and the others; only --mesh, --profile and overrides may stand before it."""
     for index, word in enumerate(arguments):
-        if word.startswith("--mesh=") or _OVERRIDE.fullmatch(word):
+        if word.startswith(("--mesh=", "--profile=")) or _OVERRIDE.fullmatch(word):
             continue
         if word in COMMANDS:
             return word, [*arguments[:index], *arguments[index + 1 :]]
@@ -131,7 +142,7 @@ def _parse(name: str, arguments: Sequence[str]) -> Request:
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"{name}: {option}: no such option{nearest(option, known)} (see {parser.prog} --help)")
     overrides = tuple(word for word in rest if _OVERRIDE.fullmatch(word))
-    mesh_word = next((word for word in overrides if re.match(r"(data|fsdp|tensor)=", word)), None)
+    mesh_word = next((word for word in overrides if re.match(r"(data|fsdp|context|tensor)=", word)), None)
     if mesh_word:
         raise UserError(
             f"{mesh_word}: wanted section.key=value; sizes of mesh axes are whole numbers right after --mesh"
@@ -172,10 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    peers.COMMAND[:] = words
     try:
-        name, rest = _split_command(_join_mesh(words))
+        words, job = take_job_options(sys.argv[1:] if arguments is None else arguments)
+        peers.COMMAND[:] = words
+        name, rest = _split_command(_join_values(words))
+        if job and not COMMANDS[name].takes_mesh:
+            raise UserError(f"{name} runs in one process: it takes no --coordinator, --processes and --process")
+        os.environ.update(job)
         if words == ["--version"]:
             print(__version__)
             return 0

@@ -1,7 +1,10 @@
-"""What a command is asked besides its config: the options of `sample`, `score` and `evaluate`."""
+"""What a command is asked besides its config: the options of `sample`, `score`, `evaluate`, and `--profile`."""
 
 import dataclasses
+import re
 from pathlib import Path
+
+from rethinker_jax.errors import UserError
 
 # For the help of `evaluate`, which must not wait for the modules that know them.
 EVALUATE_NAMES = """\
@@ -61,3 +64,33 @@ class EvaluateOptions:
     seed: int
     shard: tuple[int, int] = (0, 1)
     force_rethink: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSteps:
+    """`--profile`: the steps to trace, counted from 1 where this process begins. The first one compiles."""
+
+    first: int = 2
+    last: int = 4
+
+
+_PROFILE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+
+
+def is_profile_steps(word: str) -> bool:
+    """Whether a word behind --profile is meant for it; any other word is a config or an override."""
+    return word[:1].isdigit() and "=" not in word and not word.endswith((".yaml", ".yml"))
+
+
+def parse_profile(text: str | None) -> ProfileSteps | None:
+    """`--profile`, `--profile 3` or `--profile 3-5`; None = it was not given. Raises UserError."""
+    if not text:
+        return None if text is None else ProfileSteps()
+    match = _PROFILE.fullmatch(text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(
+            f"--profile {text}: wanted a step or the first and last of several, counted from 1 where this process "
+            "begins, as in --profile 2-4"
+        )
+    return ProfileSteps(first, last)

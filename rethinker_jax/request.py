@@ -9,6 +9,7 @@ from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import find_config, load_config
 from rethinker_jax.config_keys import ALL_KEYS
 from rethinker_jax.errors import UserError
+from rethinker_jax.mesh_spec import mesh_overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Request:
         """The config of the file, or without one `without_file(overrides)`; --mesh goes before both."""
         overrides = list(self.overrides)
         if self.mesh is not None:
-            overrides += [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(self.mesh).items()]
+            overrides += mesh_overrides(self.mesh)
         path = self.config_path()
         return load_config(path, overrides) if path else without_file(overrides)
 

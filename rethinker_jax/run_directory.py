@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
-from rethinker_jax.config import Config
+from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import load_config, save_config
 from rethinker_jax.config_health import HealthConfig
 from rethinker_jax.errors import UserError
@@ -29,7 +29,7 @@ FREE_KEYS = LENGTHS | {
     "run.dir", "run.save_every", "run.keep_checkpoints", "run.keep_best", "run.rollouts_every",
     "run.compilation_cache", "run.max_bad_rows", "training.max_skipped_updates", "verifier.num_workers",
     "verifier.deadline_s",  # of the wall clock: a backstop, no verdict of a run that has the time depends on it
-    "mesh.data", "mesh.fsdp", "mesh.tensor",  # the same numbers up to rounding
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),  # the same numbers up to rounding
     *(f"health.{field.name}" for field in dataclasses.fields(HealthConfig)),
 }  # fmt: skip
 

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from rethinker_jax.chosen_mesh import on_mesh
 from rethinker_jax.config import Config, LossConfig
 from rethinker_jax.console import RunProgress
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.trained import Trained, companions_hash, weights_hash
-from rethinker_jax.models.sharding import row_shards, shards_here
+from rethinker_jax.models.sharding import parts_of
 from rethinker_jax.options import SampleOptions, ScoreOptions
 from rethinker_jax.output_files import (
     Row,
@@ -75,7 +76,7 @@ def sample(options: SampleOptions, config: Config) -> None:
 
 def _loaded(options: SampleOptions, config: Config, problems: Sequence[Problem]) -> System:
     """The model; of one shot also its prompt is tried."""
-    system = load_system(config)
+    system = load_system(on_mesh(config, "sample"))
     if options.data is None:
         _needed_prompts(system, problems)
     return system
@@ -197,8 +198,8 @@ def score(options: ScoreOptions, config: Config) -> None:
     output = None if options.output is None else options.output.resolve()  # a link is written through
     if output is not None and is_first():
         check_writable(output, "--output")
-    system = load_system(config)
-    shards, here = row_shards(system.mesh), shards_here(system.mesh)
+    system = load_system(on_mesh(config, "score"))
+    parts = parts_of(system.mesh)
     ids_of = {problem.id: _completion_ids(problem, system, options.data) for problem in problems}
     updater = make_updater(config, system, 1, LossConfig())
     size = config.rollout.prompts_per_step
@@ -214,7 +215,7 @@ def score(options: ScoreOptions, config: Config) -> None:
                 none = np.zeros(len(tokens), bool)
                 rows.append(TrainRow(prompt, tokens, none, none, np.zeros(len(tokens), np.float32)))
             longest = max(map(len, ids))
-            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, shards, here)
+            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, parts)
             log_probs = jax.device_get(updater.log_probs(system.params, packed.batches[0]))
             for problem, tokens, values in zip(chunk, ids, log_probs, strict=False):
                 found = [float(value) for value in values[: len(tokens)]]

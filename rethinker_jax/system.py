@@ -20,7 +20,7 @@ from rethinker_jax.models.lora import adapt_params, adapter_layout, init_adapter
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen25vl import Model, Params, define_model, init_params, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig, VisionConfig, read_config
-from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, row_shards, shards_here
+from rethinker_jax.models.sharding import TRAINING_RULES, make_mesh, param_shardings, parts_of
 from rethinker_jax.models.weights import load_params
 from rethinker_jax.processes import is_first
 from rethinker_jax.prompts.build import PromptBuilder
@@ -140,7 +140,7 @@ def pack_to_train(
     """At most `num_rows` rows as micro-batches for this mesh; `completion_length` bounds their completions."""
     return pack_micro_batches(
         rows, system.geometry, completion_length, num_rows, config.training.micro_batch_tokens, config.buckets,
-        row_shards(system.mesh), shards_here(system.mesh),
+        parts_of(system.mesh),
     )  # fmt: skip
 
 

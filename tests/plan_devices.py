@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import load_config
-from rethinker_jax.models.sharding import make_mesh
+from rethinker_jax.models.sharding import make_mesh, parts_of
 from rethinker_jax.planning.hlo import find_collectives
 from rethinker_jax.planning.layouts import lay_out
 from rethinker_jax.planning.machines import find_machine
@@ -62,7 +62,7 @@ def phases(mesh: MeshConfig) -> dict[str, Any]:
     config: Config = load_config(None, SMALL)
     model = find_model(config.model.path)
     layout = lay_out(config, model.config, make_mesh(mesh))
-    longest = longest_of(config, model.config, model)
+    longest = longest_of(config, model.config, model.max_pixels)
     machine = find_machine("h100:8")
     made = update_state(layout)
     held = sum(made.bytes.values())
@@ -79,8 +79,8 @@ def lowered(*overrides: str) -> dict[str, int]:
     """The update of a variant, traced alone: bytes of a device by what they hold, and rows of its loss."""
     config: Config = load_config(None, [*SMALL, *overrides])
     model = find_model(config.model.path)
-    layout = lay_out(config, model.config, make_mesh(MeshConfig(2, 2, 2)))
-    work = update_work(config, model.config, longest_of(config, model.config, model), 4)
+    layout = lay_out(config, model.config, make_mesh(MeshConfig(2, 2, 1, 2)))
+    work = update_work(config, model.config, longest_of(config, model.config, model.max_pixels), parts_of(layout.mesh))
     made = update_state(layout)
     lower_update(layout, made, work)
     return made.bytes | {"rows": work.batch.loss_mask.shape[0] * work.batch.loss_mask.shape[1]}

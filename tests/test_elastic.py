@@ -228,7 +228,8 @@ def test_which_keys_are_free() -> None:
         *("run.num_steps", "sft.num_steps", "sft.num_epochs"),  # how long
         *("run.dir", "run.save_every", "run.keep_checkpoints", "run.keep_best", "run.rollouts_every"),  # what is left
         *("run.max_bad_rows", "training.max_skipped_updates", "verifier.deadline_s"),  # what is survived
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "verifier.num_workers", "run.compilation_cache"),  # by whom
+        *("mesh.data", "mesh.fsdp", "mesh.context", "mesh.tensor", "mesh.search"),  # by whom
+        *("verifier.num_workers", "run.compilation_cache"),
     }
     known = {f"{section}.{key}" for section, key in KEYS}
     assert known >= FREE_KEYS

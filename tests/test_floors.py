@@ -10,14 +10,18 @@ FLOORS = (
     {"__init__", "types", "config", "errors", "options", "output_files", "peers", "roll_call"}
     | {"config_curation", "config_health", "config_numbers", "config_rewards"}
     | {"config_check", "config_file", "config_keys", "mesh_spec", "json_values", "stopping", "request", "json_lines"}
-    | {"terminal"},
+    | {"terminal", "phases", "job_options", "starts"},
     {"prompts", "verify", "rewards", "benchmarks", "example", "report", "rethink", "consistency", "advantage", "replay"}
     | {"chat_server", "console", "curation", "health", "metrics"},
-    {"devices", "models", "processes"},
+    {"devices", "models", "processes", "profiling"},
     {"sampling", "training"},
     {
         "system",
+        "device_bytes",
+        "mesh_checks",
+        "chosen_mesh",
         "rollout",
+        "prompts_ahead",
         "rounds",
         "experience",
         "evaluate",

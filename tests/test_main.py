@@ -109,7 +109,11 @@ BAD_LINES = [
     (["--mesh", "data=2,data=4"], "data is given twice"),
     (["--mesh", "data=-1,fsdp=-1"], "are both -1"),
     (["--mesh", "data=0"], "mesh.data is 0"),
-    (["--mesh", "auto"], "--mesh auto: the search for a mesh is not there yet"),
+    (["--mesh", "context=0"], "mesh.context is 0"),
+    (["mesh.context=0"], "mesh.context is 0"),
+    (["--mesh", "auto,fsdp=2"], "auto finds the sizes of all axes; wanted it alone"),
+    (["--mesh", "context=2,auto"], "auto finds the sizes of all axes; wanted it alone"),
+    (["context=2"], "context=2: wanted section.key=value; sizes of mesh axes"),
     (["train", "--sed", "3"], "train: --sed: no such option"),
     (["--modle", "x"], "--modle: no such option"),
     (["sample", "--modle", "x", "--data", "y"], "--modle: no such option; did you mean --model?"),
@@ -177,6 +181,7 @@ LINES = [
     (["train", "run.dir=a b=c", "a.yaml"], ("a.yaml",), ("run.dir=a b=c",), None),
     (["--mesh", "data=2,fsdp=-1,tensor=2", "a.yaml"], ("a.yaml",), (), MeshConfig(data=2, fsdp=-1, tensor=2)),
     (["--mesh=fsdp=4"], (), (), MeshConfig(data=1, fsdp=4, tensor=1)),
+    (["--mesh", "auto", "a.yaml"], ("a.yaml",), (), MeshConfig(search=True)),
     (["mesh.fsdp=-1", "dir/x=1.yaml"], ("dir/x=1.yaml",), ("mesh.fsdp=-1",), None),
 ]  # fmt: skip
 
@@ -211,6 +216,13 @@ def test_mesh_goes_before_config_and_overrides(monkeypatch: pytest.MonkeyPatch):
     request = parse(["mesh.data=4", "--mesh", "tensor=2"], monkeypatch)
     config = request.config(lambda overrides: load_config(None, overrides))
     assert config.mesh == MeshConfig(data=1, fsdp=1, tensor=2)
+    for words, mesh in {
+        ("mesh.data=4", "--mesh", "auto"): MeshConfig(search=True),
+        ("mesh.search=true", "--mesh", "fsdp=2"): MeshConfig(fsdp=2),  # names what auto would find
+        ("mesh.search=true",): MeshConfig(search=True),
+    }.items():
+        request = parse(list(words), monkeypatch)
+        assert request.config(lambda overrides: load_config(None, overrides)).mesh == mesh
 
 
 def test_without_a_file_train_takes_the_example_and_sample_the_defaults(monkeypatch: pytest.MonkeyPatch):
@@ -221,7 +233,13 @@ def test_without_a_file_train_takes_the_example_and_sample_the_defaults(monkeypa
 
 @pytest.mark.parametrize(
     ("spec", "mesh"),
-    [("", FSDP), ("data=2", MeshConfig(2, 1, 1)), ("tensor=-1,data=3", MeshConfig(data=3, fsdp=1, tensor=-1))],
+    [
+        ("", FSDP),
+        ("data=2", MeshConfig(2, 1)),
+        ("tensor=-1,data=3", MeshConfig(data=3, fsdp=1, tensor=-1)),
+        ("auto", MeshConfig(search=True)),
+        ("fsdp=2,context=4", MeshConfig(1, 2, 4, 1)),
+    ],
 )
 def test_parse_mesh(spec: str, mesh: MeshConfig):
     assert parse_mesh(spec) == mesh

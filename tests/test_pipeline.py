@@ -12,7 +12,7 @@ from commands import REPOSITORY
 from jax.sharding import Mesh
 from recipes import ROWS, SET_SFT, go_to, stage, write_recipe
 
-from rethinker_jax.config import Config
+from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.config_file import load_defaults
 from rethinker_jax.errors import UserError
 from rethinker_jax.main import main
@@ -193,28 +193,29 @@ def test_the_default_config_is_not_counted():
 @pytest.mark.parametrize(
     ("sizes", "words", "trained"),
     [
-        ((1, 1, 1), (), NUM_PARAMETERS),
-        ((1, 1, 1), ("model.freeze=[vision, merger]",), 348_384),
-        ((1, 4, 2), (), None),
+        ((1, 1, 1, 1), (), NUM_PARAMETERS),
+        ((1, 1, 1, 1), ("model.freeze=[vision, merger]",), 348_384),
+        ((1, 4, 1, 2), (), None),
+        ((1, 2, 2, 2), (), None),
     ],
 )
-def test_memory_is_that_of_the_shards(sizes: tuple[int, int, int], words: Sequence[str], trained: int | None):
+def test_memory_is_that_of_the_shards(sizes: tuple[int, int, int, int], words: Sequence[str], trained: int | None):
     """Catches moments of frozen parts, and weights that are counted whole although the mesh cuts them."""
     qwen = read_config(EXAMPLE_MODEL)
-    axes = dict(zip(AXES, sizes, strict=True))
-    found = memory_of(load_defaults(words), qwen, axes, True, True)
+    axes = MeshConfig(*sizes)
+    found = memory_of(load_defaults(words), qwen, axes, "rl")
     mesh = Mesh(np.full(sizes, jax.devices()[0]), AXES)
     shapes = param_shapes(qwen)
     places = param_shardings(param_dims(qwen), shapes, mesh, TRAINING_RULES)
     cut = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)), shapes, places)
     whole = sum(jax.tree.leaves(cut))
-    assert found.state["weights"] == 4 * whole and (whole == NUM_PARAMETERS) == (sizes == (1, 1, 1))
+    assert found.state["weights"] == 4 * whole and (whole == NUM_PARAMETERS) == (sizes == (1, 1, 1, 1))
     assert found.state["moments"] == 8 * (trained or whole)  # two of four bytes
     assert found.update == {"gradients": 4 * (trained or whole)}  # in float32 nothing is copied
-    offloaded = memory_of(load_defaults([*words, "optimizer.offload=true"]), qwen, axes, True, False)
+    offloaded = memory_of(load_defaults([*words, "optimizer.offload=true"]), qwen, axes, "sft")
     assert "moments" not in offloaded.state and offloaded.host == found.state["moments"] and not offloaded.rollout
-    assert found.rollout["sampling copy"] * sizes[2] >= 4 * NUM_PARAMETERS  # over tensor alone, and not all of it
-    small = memory_of(load_defaults(["optimizer.moments=bfloat16", *words]), qwen, axes, True, True)
+    assert found.rollout["sampling copy"] * sizes[3] >= 4 * NUM_PARAMETERS  # over tensor alone, and not all of it
+    small = memory_of(load_defaults(["optimizer.moments=bfloat16", *words]), qwen, axes, "rl")
     assert small.state["moments"] == found.state["moments"] // 2
 
 
@@ -228,7 +229,7 @@ def test_the_recipes_that_ship_can_be_run(here: Path, capsys: pytest.CaptureFixt
     assert all(word in head for word in ("command", "hardware", "time"))
     names = [one["name"] for one in yaml.safe_load(recipe.read_text())["stages"]]
     assert all(f"\n{name}: " in said for name in names)
-    assert "data=1, fsdp=4, tensor=1: state" in said
+    assert "fsdp=4: state" in said
     assert sorted(path.name for path in here.iterdir()) == ["rows.jsonl"]
 
 

@@ -22,15 +22,16 @@ from published import SIZES, published_config
 from rethinker_jax.config import Config, MeshConfig, RolloutConfig, SamplingConfig
 from rethinker_jax.config_file import load_config, load_defaults
 from rethinker_jax.errors import UserError
-from rethinker_jax.models.qwen_config import parse_config
-from rethinker_jax.planning.auto_mesh import choose_mesh
+from rethinker_jax.models.qwen_config import QwenConfig, parse_config
+from rethinker_jax.models.sharding import Parts
+from rethinker_jax.planning.auto_mesh import best_mesh, choose_mesh
 from rethinker_jax.planning.hlo import array_bytes, find_collectives, first_group
 from rethinker_jax.planning.layouts import fill_mesh, lay_out
 from rethinker_jax.planning.machines import find_machine
 from rethinker_jax.planning.named_models import find_model, published_names
 from rethinker_jax.planning.roofline import link_bandwidth, link_seconds, make_roofline, mfu
 from rethinker_jax.planning.sample import cache_needs, sample_work
-from rethinker_jax.planning.search import Speeds, best_mesh, estimates, mesh_shapes
+from rethinker_jax.planning.search import Speeds, estimates, long_meshes, mesh_shapes
 from rethinker_jax.planning.show import served
 from rethinker_jax.planning.work import Longest, longest_of, update_work
 
@@ -98,9 +99,9 @@ def test_a_directory_needs_no_more_than_its_config(tmp_path: Path) -> None:
 
 
 def test_a_mesh_is_filled_or_refused() -> None:
-    assert fill_mesh(MeshConfig(2, -1, 4), 64) == MeshConfig(2, 8, 4)
-    with pytest.raises(UserError, match=r"data=3,fsdp=-1,tensor=1.*64 devices"):
-        fill_mesh(MeshConfig(3, -1, 1), 64)
+    assert fill_mesh(MeshConfig(2, -1, 1, 4), 64) == MeshConfig(2, 8, 1, 4)
+    with pytest.raises(UserError, match=r"data=3,fsdp=-1: .*64 devices"):
+        fill_mesh(MeshConfig(3, -1), 64)
 
 
 # --- shapes ---
@@ -115,12 +116,12 @@ def test_the_longest_that_the_recipe_allows() -> None:
     image that does not fit its prompt, and a trigger that is forgotten."""
     config = recipe()
     model = find_model(config.model.path)
-    longest = longest_of(config, model.config, model)
+    longest = longest_of(config, model.config, model.max_pixels)
     assert (longest.prompt_tokens, longest.grid, longest.completion_tokens) == (2048, (64, 80), 2048)
     forced = recipe("rethink.rule=random", "rethink.max_first_tokens=1024", "rethink.max_new_tokens=1024")
-    assert longest_of(forced, model.config, model).completion_tokens == 1024 + 16 + 1024
+    assert longest_of(forced, model.config, model.max_pixels).completion_tokens == 1024 + 16 + 1024
     # 100 tokens leave 92 for the image: 7 x 13 merged tokens are the most that a picture has.
-    short = longest_of(recipe("data.max_prompt_tokens=100"), model.config, model)
+    short = longest_of(recipe("data.max_prompt_tokens=100"), model.config, model.max_pixels)
     assert short.grid == (14, 26)
 
 
@@ -129,7 +130,7 @@ def test_an_update_is_packed_as_a_run_packs_it() -> None:
     Catches patches that are not widened and rows that are lost."""
     config = recipe()
     model = find_model(config.model.path)
-    work = update_work(config, model.config, longest_of(config, model.config, model), 8)
+    work = update_work(config, model.config, longest_of(config, model.config, model.max_pixels), Parts(8, 8))
     assert work.packed.num_tokens >= 64 * (2047 + 8 * 2048)
     assert work.packed.num_targets == 512 * 2048
     assert work.batch.text.token_ids.shape[:2] == (5, 8)
@@ -346,13 +347,19 @@ def test_meshes_that_divide_the_model() -> None:
     """7B has 28 heads: tensor 1, 2, 4 of 8 devices, never 8. Catches meshes on which weights lie whole."""
     found = mesh_shapes(8, parse_config(published_config("7B")))
     assert {mesh.tensor for mesh in found} == {1, 2, 4}
-    assert all(mesh.data * mesh.fsdp * mesh.tensor == 8 for mesh in found) and len(found) == 4 + 3 + 2
+    assert all(math.prod(mesh.sizes.values()) == 8 for mesh in found) and len(found) == 4 + 3 + 2
 
 
 def search_arguments(size: str, *overrides: str) -> tuple[Any, ...]:
     config = recipe(f"model.path=Qwen2.5-VL-{size}-Instruct", *overrides)
     model = find_model(config.model.path)
-    return config, model.config, longest_of(config, model.config, model)
+    return config, model.config, longest_of(config, model.config, model.max_pixels)
+
+
+def best_arguments(size: str, *overrides: str) -> tuple[Config, QwenConfig, int]:
+    config = recipe(f"model.path=Qwen2.5-VL-{size}-Instruct", *overrides)
+    model = find_model(config.model.path)
+    return config, model.config, model.max_pixels
 
 
 SPEEDS = Speeds(459e12, 2765e9, 200e9)
@@ -362,29 +369,30 @@ def test_estimates_are_near_what_the_compiler_said() -> None:
     """7B on v5p by libtpu 0.0.42 (low effort): fsdp=8 37.75 GiB, fsdp=64 10.22, fsdp=16,tensor=4 11.41, of which state
     11.59, 1.45, 1.46; the last with remat=dots 35.67. Catches a term that is forgotten: most are more than the eighth
     that is allowed."""
-    said = {(1, 8, 1): 37.75, (1, 64, 1): 10.22, (1, 16, 4): 11.41}
+    said = {(1, 8, 1, 1): 37.75, (1, 64, 1, 1): 10.22, (1, 16, 1, 4): 11.41}
     for sizes, gib in said.items():
         [found] = estimates(*search_arguments("7B"), math.prod(sizes), SPEEDS, meshes=[MeshConfig(*sizes)])
         assert abs(found.update_bytes / GIB / gib - 1) < 0.125, (sizes, found.update_bytes / GIB)
     arguments = search_arguments("7B", "model.remat=dots")
-    [dots] = estimates(*arguments, 64, SPEEDS, meshes=[MeshConfig(1, 16, 4)])
+    [dots] = estimates(*arguments, 64, SPEEDS, meshes=[MeshConfig(1, 16, 1, 4)])
     assert abs(dots.update_bytes / GIB / 35.67 - 1) < 0.125, dots.update_bytes / GIB
 
 
 def test_the_best_mesh_fits_or_is_refused() -> None:
     """Catches a search that takes the quickest without asking whether it fits: with 95 GiB 7B needs no cut over
     tensor on 64 devices, on 16 devices of 16 GiB it cannot be."""
-    mesh = best_mesh(*search_arguments("7B"), 64, 95 * GIB, SPEEDS)
-    assert mesh.data * mesh.fsdp * mesh.tensor == 64
+    mesh = best_mesh(*best_arguments("7B"), 64, 95 * GIB, SPEEDS).mesh
+    assert math.prod(mesh.sizes.values()) == 64
     [own] = estimates(*search_arguments("7B"), 64, SPEEDS, meshes=[mesh])
+    assert best_mesh(*best_arguments("7B"), 16, 95 * GIB, SPEEDS, slices=8).mesh.data % 8 == 0  # data alone crosses
     assert own.peak_bytes < 95 * GIB
     with pytest.raises(UserError, match="--mesh auto: no mesh of 16 devices"):
-        best_mesh(*search_arguments("7B"), 16, 8 * GIB, SPEEDS)
+        best_mesh(*best_arguments("7B"), 16, 8 * GIB, SPEEDS)
 
 
 def test_more_is_kept_without_rematerialisation() -> None:
     config, qwen, longest = search_arguments("7B")
-    found = estimates(config, qwen, longest, 8, SPEEDS, vary=True, meshes=[MeshConfig(1, 8, 1)])
+    found = estimates(config, qwen, longest, 8, SPEEDS, vary=True, meshes=[MeshConfig(1, 8)])
     peaks = {(one.remat, one.micro_batch_tokens): one.update_bytes for one in found}
     assert peaks["none", 32768] > peaks["dots", 32768] > peaks["full", 32768] > peaks["full", 8192] * 1.1
 
@@ -392,7 +400,34 @@ def test_more_is_kept_without_rematerialisation() -> None:
 def test_the_mesh_of_the_devices_that_are_here() -> None:
     """`--mesh auto` on this computer's one CPU, whose memory is enough for the example. Catches devices that no table
     knows."""
-    assert choose_mesh(load_defaults([])) == MeshConfig(1, 1, 1)
+    config = load_defaults([])
+    model = find_model(config.model.path)
+    chosen = choose_mesh(config, model.config, model.max_pixels, "rl")
+    assert chosen.mesh == MeshConfig(1, 1) and chosen.why.startswith("the only one that fits, estimated to take")
+
+
+def test_tokens_are_cut_where_nothing_else_fits() -> None:
+    """7B with prompts of 256k tokens: one row alone wants more than the 95 GiB of a device. Catches a search that never
+    tries `context`, and one that tries what heads forbid: 28 of them are not cut by 8."""
+    long = "data.max_prompt_tokens=262144", "buckets.prompt_tokens=[]", "buckets.vision=[]", "data.max_pixels=1003520"
+    chosen = best_mesh(*best_arguments("7B", *long), 16, 95 * GIB, SPEEDS).mesh
+    assert chosen.context in (2, 4) and math.prod(chosen.sizes.values()) == 16
+    [whole] = estimates(*search_arguments("7B", *long), 16, SPEEDS, meshes=[MeshConfig(1, 16)])
+    [cut] = estimates(*search_arguments("7B", *long), 16, SPEEDS, meshes=[chosen])
+    assert whole.update_bytes > 95 * GIB > cut.update_bytes
+    qwen = parse_config(published_config("7B"))
+    assert {mesh.context for mesh in long_meshes(16, qwen)} == {2, 4} and not mesh_shapes(16, qwen, context=8)
+
+
+def test_less_work_wants_less() -> None:
+    """7B on four devices of 16 GiB can be drawn from, but not trained. Catches moments that `sample` would count, and
+    an error that says how to shrink what is not there."""
+    assert best_mesh(*best_arguments("7B"), 4, 16 * GIB, SPEEDS, "sample").mesh == MeshConfig(1, 1, 1, 4)
+    with pytest.raises(UserError, match=r"the least is \d+\.\d GiB with .*optimizer\.offload=true"):
+        best_mesh(*best_arguments("7B"), 4, 16 * GIB, SPEEDS, "rl")
+    with pytest.raises(UserError, match="Take more devices, lower sampling") as error:
+        best_mesh(*best_arguments("7B"), 4, GIB, SPEEDS, "sample")
+    assert "optimizer" not in str(error.value)
 
 
 def test_the_sampler_is_asked_for_what_a_call_asks_for(tmp_path: Path) -> None:
@@ -427,6 +462,7 @@ def run_plan(*words: str) -> subprocess.CompletedProcess[str]:
     [
         ([], "plan: wanted --topology NAME"),
         (["--topology", "v5p:4x4"], "v5p wants 3 sizes"),
+        (["--topology", "v5p:2x2x1", "--mesh", "auto"], "wanted --suggest"),
         (["--topology", "v5p:2x2x1", "--json", "no/such/plan.json"], "no such directory"),
         (["--topology", "v5p:2x2x1", "model.path=Qwen3-VL"], "Qwen2.5-VL-7B-Instruct"),
     ],
@@ -466,4 +502,4 @@ def test_defaults_can_be_planned() -> None:
     config = load_defaults([])
     model = find_model(config.model.path)
     assert model.config.vocab > 0 and jax.devices()
-    assert dataclasses.asdict(longest_of(config, model.config, model))["prompt_tokens"] == 2048
+    assert dataclasses.asdict(longest_of(config, model.config, model.max_pixels))["prompt_tokens"] == 2048

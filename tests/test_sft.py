@@ -45,7 +45,7 @@ sft: {data: rows.jsonl, validation: held.jsonl, num_steps: 3, batch_size: 2, max
 def lines(path: str) -> list[Row]:
     """Lines of a JSON-lines file without what the clock says."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
 
 
 def fill(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rethinker_jax import peers
+from rethinker_jax.chosen_mesh import on_mesh
 from rethinker_jax.config import Config
 from rethinker_jax.console import RunProgress
 from rethinker_jax.devices import start_jax
@@ -47,7 +48,7 @@ class Local:
         """
         if not asks:
             return collections.Counter()
-        system = load_system(self._config)
+        system = load_system(on_mesh(self._config, "sample"))
         try:
             return self._draw(system, asks, replies, shown, first)
         finally:

@@ -22,7 +22,7 @@ from rethinker_jax.evaluation.asks import asks_hash, asks_of, read_items
 from rethinker_jax.evaluation.results import read_generations
 from rethinker_jax.evaluation.trained import find_model, load_trained, weights_hash
 from rethinker_jax.models.qwen25vl import Params
-from rethinker_jax.models.sharding import row_shards, shards_here
+from rethinker_jax.models.sharding import parts_of
 from rethinker_jax.output_files import Row, check_writable, versions, write_whole
 from rethinker_jax.processes import check_same, is_first
 from rethinker_jax.run_data import agreed, build_prompts
@@ -51,7 +51,7 @@ def perplexity(generations: Path, data: str | None, output: Path | None, config:
         )
     problems = {ask.problem.id: ask.problem for ask in asks}
     trained = find_model(config)
-    system, params = load_trained(trained)
+    system, params = load_trained(trained, "score")
     nll = _nll(system, params, found.records, problems, trained.config)
     if not is_first():
         return
@@ -80,7 +80,7 @@ def _nll(
     """Negative log-probs of every record's tokens, in order of the records."""
     updater = make_updater(config, system, 1, LossConfig())
     size = min(config.evaluation.batch_size, len(records))
-    shards, here = row_shards(system.mesh), shards_here(system.mesh)
+    parts = parts_of(system.mesh)
     ids = [_token_ids(record, system) for record in records]
     by_length = sorted((place for place in range(len(records)) if len(ids[place])), key=lambda place: len(ids[place]))
     found = [np.zeros(0, np.float32)] * len(records)
@@ -94,7 +94,7 @@ def _nll(
                 prompt = prompts[records[place].id]
                 rows.append(TrainRow(prompt, ids[place], none, none, np.zeros(len(none), np.float32)))
             longest = max(len(ids[place]) for place in places)
-            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, shards, here)
+            packed = pack_micro_batches(rows, system.geometry, longest, size, 0, config.buckets, parts)
             values = np.asarray(jax.device_get(updater.log_probs(params, packed.batches[0])))
             for row, place in enumerate(places):
                 found[place] = -values[row, : len(ids[place])]

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from rethinker_jax.chosen_mesh import on_mesh
 from rethinker_jax.config import Config
 from rethinker_jax.config_file import load_config
+from rethinker_jax.device_bytes import Work
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.runs import find_run
 from rethinker_jax.models.qwen25vl import Params
@@ -63,9 +65,9 @@ def checkpoint_of(run: Path, step: int | None, config: Config) -> Trained:
     return Trained(config, model_directory(config.model.path), run, step)
 
 
-def load_trained(trained: Trained) -> tuple[System, Params]:
+def load_trained(trained: Trained, work: Work = "sample") -> tuple[System, Params]:
     """The system, and the weights in the training layout. Raises UserError."""
-    config = trained.config
+    config = on_mesh(trained.config, work)
     system = load_system(config)
     if trained.run is None:
         return system, system.params

@@ -8,27 +8,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pyarrow.parquet as pq
-from flax.nnx.traversals import flatten_mapping
-from jax.sharding import Mesh
 
 from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.curation.chain import describe, read_filters
+from rethinker_jax.device_bytes import Work, held_bytes, learns, stand_in
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.asks import choose_protocol
 from rethinker_jax.example.dataset import SPLIT_SIZES
+from rethinker_jax.mesh_spec import mesh_words
 from rethinker_jax.models.lora import adapter_layout
-from rethinker_jax.models.parts import PARTS, count_parameters, split_params
+from rethinker_jax.models.parts import PARTS, count_parameters
 from rethinker_jax.models.precision import resolve_dtype
-from rethinker_jax.models.qwen25vl import param_dims, param_shapes
-from rethinker_jax.models.qwen_config import QwenConfig, read_config
-from rethinker_jax.models.sharding import AXES, SAMPLING_RULES, TRAINING_RULES, spec_for
+from rethinker_jax.models.qwen25vl import param_shapes
+from rethinker_jax.models.qwen_config import QwenConfig
 from rethinker_jax.pipeline.plan import Planned, plan
 from rethinker_jax.pipeline.recipe import MODEL_KINDS, read_recipe
+from rethinker_jax.planning.auto_mesh import choose_mesh
+from rethinker_jax.planning.named_models import find_model
 from rethinker_jax.sft.rows import EXAMPLE_ROWS, EXAMPLE_STAGES
 from rethinker_jax.system import model_directory
-from rethinker_jax.training.optimizer import MOMENTS, num_warmup_steps
+from rethinker_jax.training.optimizer import num_warmup_steps
 
 NAME_WIDTH = 11
 
@@ -50,13 +50,14 @@ def dry_run(path: Path, overrides: Sequence[str], mesh: MeshConfig | None) -> No
     """Print every stage's budget; run nothing and write nothing. Raises UserError for whatever a run would refuse."""
     asked = read_recipe(path, overrides)
     stages = plan(asked, mesh)
-    qwen = check_budgets(stages, model_directory(asked.recipe.model))
-    total = count_parameters(param_shapes(qwen), ())["total"]
+    base = find_model(str(model_directory(asked.recipe.model)))
+    check_budgets(stages, base.config)
+    total = count_parameters(param_shapes(base.config), ())["total"]
     print(f"{asked.recipe.name}: {len(stages)} stages in {asked.directory}; base {asked.recipe.model}, {_short(total)}")
     for one in stages:
         source = f" from {one.parent}" if one.parent else ""
         print(f"\n{one.stage.name}: {one.stage.kind}{source}")
-        for name, text in budget_lines(one, qwen):
+        for name, text in budget_lines(one, base.config, base.max_pixels):
             print(f"  {name:<{NAME_WIDTH}}{text}")
     print(
         "\nMemory is arithmetic, of one device: weights, gradients, moments and copies. Activations, logits, caches "
@@ -64,10 +65,8 @@ def dry_run(path: Path, overrides: Sequence[str], mesh: MeshConfig | None) -> No
     )
 
 
-def check_budgets(stages: Sequence[Planned], directory: Path | None = None) -> QwenConfig:
-    """The shapes of the base model. Raises UserError for what does not fit them: adapters, dtypes, rows."""
-    base = next((one.model for one in stages if one.parent == "base"), "example")
-    qwen = read_config(directory or model_directory(base))
+def check_budgets(stages: Sequence[Planned], qwen: QwenConfig) -> None:
+    """Raises UserError for what does not fit the base model: adapters, dtypes, rows."""
     problems = []
     for one in stages:
         try:
@@ -79,7 +78,6 @@ def check_budgets(stages: Sequence[Planned], directory: Path | None = None) -> Q
             problems.append(f"stage {one.stage.name}: {error}")
     if problems:
         raise UserError("the recipe's stages cannot be run as they are:\n" + "\n".join(problems))
-    return qwen
 
 
 def _too_few_rows(one: Planned) -> Iterator[str]:
@@ -88,8 +86,8 @@ def _too_few_rows(one: Planned) -> Iterator[str]:
         yield f"wanted at least rollout.prompts_per_step={wanted} rows, found {rows} in {one.path_of('data')}"
 
 
-def budget_lines(one: Planned, qwen: QwenConfig) -> Iterator[tuple[str, str]]:
-    """(name, text) of what is known of a stage."""
+def budget_lines(one: Planned, qwen: QwenConfig, max_pixels: int) -> Iterator[tuple[str, str]]:
+    """(name, text) of what is known of a stage. `max_pixels`: of the base model's images."""
     reads = "; ".join(_told_input(given.role, given.path, given.stage, given.hub) for given in one.inputs)
     yield "reads", reads or f"{one.stage.benchmark}, from where it was published"
     kind = one.stage.kind
@@ -106,7 +104,7 @@ def budget_lines(one: Planned, qwen: QwenConfig) -> Iterator[tuple[str, str]]:
     if kind in MODEL_KINDS:
         yield "trained", _trained_line(one.config, qwen)
     if kind != "select":
-        yield "memory", _memory_line(one, qwen)
+        yield "memory", _memory_line(one, qwen, max_pixels)
     yield "leaves", str(one.output)
 
 
@@ -228,18 +226,15 @@ def _count_file(path: Path) -> int:
         raise UserError(f"cannot read {path} as parquet: {error}") from error
 
 
-def _trained_shapes(config: Config, qwen: QwenConfig) -> tuple[Any, Any]:
-    """(dimension words, shapes) of all parameters, adapters included. Raises UserError for adapters that do not fit."""
-    dims, shapes = param_dims(qwen), param_shapes(qwen)
+def _trained_shapes(config: Config, qwen: QwenConfig) -> Any:
+    """Shapes of all parameters, adapters included. Raises UserError for adapters that do not fit."""
     lora = config.model.lora
-    if lora.rank:
-        added = adapter_layout(qwen, lora.rank, lora.targets, config.model.freeze)
-        dims, shapes = dims | {"lora": added[0]}, shapes | {"lora": added[1]}
-    return dims, shapes
+    added = {"lora": adapter_layout(qwen, lora.rank, lora.targets, config.model.freeze)[1]} if lora.rank else {}
+    return param_shapes(qwen) | added
 
 
 def _trained_line(config: Config, qwen: QwenConfig) -> str:
-    counts = count_parameters(_trained_shapes(config, qwen)[1], config.model.freeze)
+    counts = count_parameters(_trained_shapes(config, qwen), config.model.freeze)
     adapted = counts["adapters"] > 0
     told = [
         f"{part} {_short(counts[part])}{' frozen' if adapted or part in config.model.freeze else ''}" for part in PARTS
@@ -248,67 +243,44 @@ def _trained_line(config: Config, qwen: QwenConfig) -> str:
     return f"{_short(counts['trained'])} of {_short(counts['total'])}: {', '.join(told)}"
 
 
-def memory_of(config: Config, qwen: QwenConfig, sizes: Mapping[str, int], learns: bool, samples: bool) -> Memory:
-    """Bytes per device of a mesh with these axes, as `system` and `training` lay the arrays out.
-
-    learns, samples  whether the stage makes updates, whether it draws.
-    """
-    dims, shapes = _trained_shapes(config, qwen) if learns else (param_dims(qwen), param_shapes(qwen))
-    # One device stands for all: nothing is put on them.
-    mesh = Mesh(np.full([sizes[axis] for axis in AXES], jax.devices()[0]), AXES)
-    compute = jnp.dtype(resolve_dtype(config.model.dtype, qwen.dtype)).itemsize
-    leaves, words = flatten_mapping(shapes), flatten_mapping(dims)
-
-    def numbers(paths: Sequence[tuple[str, ...]], rules: Mapping[str, str]) -> int:
-        """Parameters on one device."""
-        found = 0
-        for path in paths:
-            spec = spec_for(words[path], leaves[path].shape, mesh, rules)
-            found += leaves[path].size // math.prod(mesh.shape[axis] for axis in spec if axis is not None)
-        return found
-
-    original = [path for path in leaves if path[0] != "lora"]
-    everything, copied = numbers(list(leaves), TRAINING_RULES), numbers(original, TRAINING_RULES)
-    state = {"weights": 4 * everything}
+def memory_of(config: Config, qwen: QwenConfig, mesh: MeshConfig, work: Work) -> Memory:
+    """Bytes per device of a mesh of these sizes, as `system` and `training` lay the arrays out."""
+    held = held_bytes(config, qwen, stand_in(mesh), work)
+    parts = {
+        "weights": held.weights, "moments": held.optimizer, "reference": held.reference, "average": held.average,
+    }  # fmt: skip
     update: dict[str, int] = {}
-    host = 0
-    if learns:
-        trained = numbers(list(flatten_mapping(split_params(shapes, config.model.freeze)[0])), TRAINING_RULES)
-        moments = trained * sum(jnp.dtype(one).itemsize for one in MOMENTS[config.optimizer.moments])
-        host = moments if config.optimizer.offload else 0
-        state |= {} if config.optimizer.offload else {"moments": moments}
-        if samples:
-            if config.loss.reference == "start":
-                state["reference"] = compute * copied
-            if config.reward.consistency.weight and config.reward.consistency.model == "ema":
-                state["average"] = 4 * trained
+    if learns(work):
         # Those of a micro-batch are added to those before it.
-        update["gradients"] = 4 * trained * (2 if config.training.micro_batch_tokens else 1)
-        update |= {"copy": compute * copied} if compute < 4 else {}
-    rollout = {"sampling copy": compute * numbers(original, SAMPLING_RULES)} if samples else {}
-    return Memory(state, update, rollout, host)
+        update["gradients"] = held.trained * (2 if config.training.micro_batch_tokens else 1)
+        update |= {"copy": held.cast} if resolve_dtype(config.model.dtype, qwen.dtype) != jnp.float32 else {}
+    rollout = {"sampling copy": held.copy} if held.copy else {}
+    return Memory({name: size for name, size in parts.items() if size}, update, rollout, held.on_host)
 
 
-def _memory_line(one: Planned, qwen: QwenConfig) -> str:
-    learns = one.stage.kind in MODEL_KINDS
-    samples = one.stage.kind != "sft" or one.config.sft.evaluate
-    if one.stage.kind == "distill":
+def _memory_line(one: Planned, qwen: QwenConfig, max_pixels: int) -> str:
+    kind = one.stage.kind
+    if kind == "distill":
         return "of the models that are asked; a server's is its own"
-    sizes = axis_sizes(one.config.mesh)
-    found = memory_of(one.config, qwen, sizes, learns, samples)
-    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    work: Work = kind if kind == "rl" or kind == "sft" else "sample"
+    mesh, found_by = _mesh_of(one.config, qwen, max_pixels, work)
+    found = memory_of(one.config, qwen, mesh, work)
     told = [f"state {_bytes(found.state)}"]
     told += [f"an update adds {_bytes(found.update)}"] if found.update else []
     told += [f"drawing adds {_bytes(found.rollout)}"] if found.rollout else []
     told += [f"{_size(found.host)} of moments on the host"] if found.host else []
-    return f"{named}: {'; '.join(told)}"
+    return f"{mesh_words(mesh)}{found_by}: {'; '.join(told)}"
 
 
-def axis_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """The sizes of the axes; -1 is what the visible devices leave, at least 1."""
-    sizes = dataclasses.asdict(mesh)
+def _mesh_of(config: Config, qwen: QwenConfig, max_pixels: int, work: Work) -> tuple[MeshConfig, str]:
+    """The mesh of a stage on the visible devices, and whether it was searched for; -1 is at least 1."""
+    mesh = config.mesh
+    if mesh.search:
+        return choose_mesh(config, qwen, max_pixels, work).mesh, " (found by --mesh auto)"
+    sizes = mesh.sizes
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    return {axis: size if size > 0 else max(jax.device_count() // fixed, 1) for axis, size in sizes.items()}
+    left = max(jax.device_count() // fixed, 1)
+    return mesh.with_sizes({axis: left for axis, size in sizes.items() if size < 0}), ""
 
 
 def _bytes(parts: Mapping[str, int]) -> str:

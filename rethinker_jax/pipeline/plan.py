@@ -13,6 +13,7 @@ from rethinker_jax.curation.chain import read_filters
 from rethinker_jax.distill.asks import body_of, check_role
 from rethinker_jax.errors import UserError
 from rethinker_jax.evaluation.asks import MAX_PROMPT_TOKENS, choose_protocol, overrides_of
+from rethinker_jax.mesh_spec import mesh_overrides
 from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.pipeline.keys import Contents, counted_settings, stage_key
 from rethinker_jax.pipeline.recipe import MODEL_KINDS, SAMPLE_KINDS, Asked, Stage
@@ -165,7 +166,7 @@ def _config(
     words += [override_of(key, value) for key, value in stage.set.items()]
     words += asked.overrides
     if mesh is not None:
-        words += [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(mesh).items()]
+        words += mesh_overrides(mesh)
     words += asked.of_stage.get(stage.name, ())
     if stage.kind == "evaluate":
         return _evaluate_config(asked, stage, words, trained_with)

@@ -19,6 +19,8 @@ from rethinker_jax.curation.report import report_path
 from rethinker_jax.devices import start_jax
 from rethinker_jax.errors import Stopped, UserError
 from rethinker_jax.json_lines import object_of
+from rethinker_jax.mesh_spec import mesh_words
+from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.sharding import make_mesh
 from rethinker_jax.output_files import differences, hash_of
 from rethinker_jax.pipeline.budget import check_budgets, count_rows
@@ -49,11 +51,11 @@ def run_pipeline(path: Path, overrides: Sequence[str], mesh: MeshConfig | None, 
     """
     asked = read_recipe(path, overrides)
     stages = plan(asked, mesh, last)
-    check_budgets(stages)
+    check_budgets(stages, read_config(model_directory(asked.recipe.model)))
     start_jax(stages[0].config)
     check_same(str(path), lambda: [_work_of(one) for one in stages])
     for one in stages:
-        if one.stage.kind != "select":
+        if one.stage.kind != "select" and not one.config.mesh.search:
             make_mesh(one.config.mesh)
         if one.stage.kind == "distill":
             _check_alone(one)
@@ -97,8 +99,7 @@ def _download_all(stages: Sequence[Planned]) -> None:
 
 
 def _mesh_words(mesh: MeshConfig | None) -> list[str]:
-    sizes = [] if mesh is None else [f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items()]
-    return ["--mesh", ",".join(sizes)] if sizes else []
+    return [] if mesh is None else ["--mesh", mesh_words(mesh)]
 
 
 class Manifest:

@@ -7,6 +7,8 @@ are a rough count of weights, caches, gradients and activations, each as often a
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 from rethinker_jax.config import Config
 from rethinker_jax.models.flops import decoder_flops, image_work, merger_flops, update_flops, vision_flops
 from rethinker_jax.models.qwen_config import QwenConfig
@@ -26,10 +28,9 @@ class Costs:
     moved_bytes: float
 
 
-def update_costs(
-    config: Config, qwen: QwenConfig, work: UpdateWork, held: dict[str, int], num_devices: int, tensor: int
-) -> Costs:
+def update_costs(config: Config, qwen: QwenConfig, work: UpdateWork, held: dict[str, int], mesh: Mesh) -> Costs:
     """Of one optimizer step. `held`: bytes of a device by what they hold (`update_state`)."""
+    num_devices, tensor, context = mesh.size, mesh.shape["tensor"], mesh.shape["context"]
     packed, freeze, adapters = work.packed, config.model.freeze, config.model.lora.rank > 0
     useful = update_flops(qwen, packed.num_tokens, packed.num_pairs, packed.num_targets, packed.grids, freeze, adapters)
     micro, shards, rows, length = work.batch.text.token_ids.shape
@@ -44,12 +45,12 @@ def update_costs(
     forward = decoder_flops(qwen, tokens, pairs, 0) + vision_flops(qwen, images) + merger_flops(qwen, images)
     executed += once_more * forward
     passes = 4 if config.model.remat == "full" else 3
-    shard_tokens = tokens / shards
+    shard_tokens = tokens / (shards * context)
     activations = passes * qwen.layers * shard_tokens * 2 * (WIDE * qwen.d_model + GATED * qwen.d_ff / tensor)
     weights = micro * passes * 2 * _decoder_parameters(qwen) * 2 / tensor
     gradients = micro * 3 * held["parameters"]
     state = 2 * (held["parameters"] + held["optimizer"])
-    logits = LOGITS * 4 * num_targets / shards * qwen.vocab / tensor
+    logits = LOGITS * 4 * num_targets / (shards * context) * qwen.vocab / tensor
     return Costs(useful / num_devices, executed / num_devices, activations + weights + gradients + state + logits)
 
 

@@ -103,6 +103,8 @@ def find_collectives(text: str, num_devices: int, turns: int = 1) -> list[Collec
             kind = next((kind for kind in KINDS if one.opcode in (kind, f"{kind}-start")), None)
             if kind is not None:
                 found.append(_read_collective(kind, one, loops, num_devices, turns))
+            elif one.opcode == "send" and (crossing := _read_crossing(one, loops, num_devices, turns)):
+                found.append(crossing)
             elif one.opcode == "while":
                 body, condition = (_attribute(one.line, key) for key in ("body", "condition"))
                 visit(body, (*loops, _num_turns(program, body, condition)))
@@ -209,6 +211,23 @@ def _read_collective(
     metadata = re.search(r'op_name="([^"]*)"', one.line)
     count = math.prod(turns if loop is None else loop for loop in loops)
     return Collective(kind, sent, count, group, loops, one.result.strip(), metadata.group(1) if metadata else "")
+
+
+def _read_crossing(one: _Instruction, loops: tuple[int | None, ...], num_devices: int, turns: int) -> Collective | None:
+    """A collective between TPU slices, which the compiler leaves to the runtime and sends it the array; else None."""
+    kind = re.search(r'_xla_megascale_transfer_type="([^"]*)"', one.line)
+    slices = re.search(r'_xla_megascale_target="\{([\d,]+)\}', one.line)
+    if kind is None or slices is None:
+        return None
+    n = len(_numbers(slices.group(1)))
+    size = max(array_bytes(one.result), default=0)
+    sent = 2 * size * (n - 1) // n if kind.group(1) == "ALL_REDUCE" else size
+    # A slice's devices stand together in the mesh: the first of every slice.
+    group = tuple(number * (num_devices // n) for number in range(n))
+    count = math.prod(turns if loop is None else loop for loop in loops)
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', one.line)
+    called = kind.group(1).lower().replace("_", "-")
+    return Collective(called, sent, count, group, loops, one.result.strip(), name.group(1) if name else "")
 
 
 def array_bytes(shape: str) -> list[int]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.errors import UserError
+from rethinker_jax.mesh_spec import mesh_words
 from rethinker_jax.models.attention_kernels import choose_attention
 from rethinker_jax.models.lora import adapter_layout
 from rethinker_jax.models.precision import resolve_dtype
@@ -73,22 +74,15 @@ def bytes_per_device(tree: Any) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def axis_sizes(mesh: MeshConfig) -> dict[str, int]:
-    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-
-
-def mesh_words(mesh: MeshConfig) -> str:
-    """As `--mesh` takes it."""
-    return ",".join(f"{axis}={size}" for axis, size in axis_sizes(mesh).items())
-
-
-def fill_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
-    """The mesh with its -1 filled in. Raises UserError where its axes do not multiply to the devices."""
-    sizes = axis_sizes(mesh)
+def fill_mesh(mesh: MeshConfig, num_devices: int, slices: int = 1) -> MeshConfig:
+    """The mesh with its -1 filled in, as `make_mesh` does. Raises UserError where it does not fit the devices."""
+    if mesh.data == 1 and mesh.fsdp == -1:
+        mesh = dataclasses.replace(mesh, data=slices)
+    sizes = mesh.sizes
     rest = math.prod(size for size in sizes.values() if size != -1)
     filled = {axis: num_devices // rest if size == -1 else size for axis, size in sizes.items()}
     if math.prod(filled.values()) != num_devices:
         raise UserError(
             f"mesh {mesh_words(mesh)}: wanted axes that multiply to the {num_devices} devices of the topology."
         )
-    return MeshConfig(**filled)
+    return mesh.with_sizes(filled)

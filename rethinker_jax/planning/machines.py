@@ -2,6 +2,7 @@
 
 Names are jax's for TPU slices (`v5p:4x4x4`, chips along each side) and `h100:8` or `h100:2x8` (hosts x GPUs) for GPUs.
 `v6e-64` and the like, a kind and a number, are the cloud's names of slices: there v5p counts cores, two a chip.
+`v6e-64x2` is two such slices, as one job.
 
 Figures are the makers', of one chip: docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e, /tpu7x (HBM and bidirectional
 interconnect bandwidth, halved here for one way and divided by the number of links; data-centre network), NVIDIA's data
@@ -71,11 +72,12 @@ _NAME = re.compile(r"([a-z0-9]+)([:-])(\d+(?:x\d+)*)")
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A named set of devices. shape: chips along the sides of a slice, or (hosts, GPUs of a host)."""
+    """A named set of devices. shape: chips along the sides of one slice, or (hosts, GPUs of a host)."""
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def is_gpu(self) -> bool:
@@ -83,11 +85,11 @@ class Machine:
 
     @property
     def num_devices(self) -> int:
-        return math.prod(self.shape) * self.chip.devices_per_chip
+        return self.num_chips * self.chip.devices_per_chip
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def usable_bytes(self) -> int:
@@ -103,7 +105,8 @@ def names() -> str:
     """The names that there are, for messages."""
     return (
         "v5e:4x4 to v5e:16x16, v6e:2x2 to v6e:16x16, v5p:2x2x1 to v5p:8x8x8, tpu7x:2x2x1 to tpu7x:4x4x4 (chips along "
-        "each side), the cloud's names such as v6e-64 or v5p-128 (of v5p, cores: two a chip), h100:8, h200:8, h100:2x8 "
+        "each side), the cloud's names such as v6e-64 or v5p-128 (of v5p, cores: two a chip), v6e-64x2 (two slices), "
+        "h100:8, h200:8, h100:2x8 "
         "(hosts x GPUs)"
     )
 
@@ -118,13 +121,17 @@ def find_machine(name: str) -> Machine:
     if kind not in CHIPS:
         raise UserError(f"{wanted}; there is no {kind}{nearest(kind, CHIPS)}")
     chip, shape = CHIPS[kind], tuple(map(int, sizes.split("x")))
+    slices = 1
     if joint == "-":
+        if chip.sides and len(shape) == 2:
+            shape, slices = shape[:1], shape[1]
         shape = _slice_of(name, kind, shape)
     elif not chip.sides:
         shape = (1, *shape) if len(shape) == 1 else shape
-    if len(shape) != (chip.sides or 2) or min(shape) < 1:
+    if len(shape) != (chip.sides or 2) or min(*shape, slices) < 1:
         raise UserError(f"{wanted}; {kind} wants {chip.sides or 2} sizes, above 0, came {'x'.join(map(str, shape))}")
-    return Machine(f"{kind}:{'x'.join(map(str, shape))}", chip, shape)
+    called = f"{kind}:{'x'.join(map(str, shape))}" if slices == 1 else name.lower()
+    return Machine(called, chip, shape, slices)
 
 
 def _slice_of(name: str, kind: str, number: tuple[int, ...]) -> tuple[int, ...]:
@@ -148,13 +155,15 @@ def devices_of(machine: Machine) -> list[jax.Device]:
             f"--topology {machine.name}: programs for TPUs are compiled by libtpu, which is not installed. "
             'Install it: pip install "libtpu==0.0.42.*" (it needs no TPU; take the version that the TPUs will have).'
         )
-    options: dict[str, Any] = {}
-    if machine.num_chips == 1:
+    chips, kind = math.prod(machine.shape), re.split("[:-]", machine.name)[0]
+    options: dict[str, Any] = {} if machine.slices == 1 else {"num_slices": machine.slices}
+    if chips == 1:
         options["chips_per_host_bounds"] = (1,) * 3
-    elif machine.chip.sides == 2 and machine.num_chips == 8:
+    elif machine.chip.sides == 2 and chips == 8:
         options["chips_per_host_bounds"] = (*machine.shape, 1)
+    name = f"{kind}:{'x'.join(map(str, machine.shape))}"
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=machine.name, **options).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         said = str(error).partition("\n")[0]
         raise UserError(

@@ -10,7 +10,7 @@ import numpy as np
 from rethinker_jax.config import Config, MeshConfig
 from rethinker_jax.errors import UserError
 from rethinker_jax.models.parts import count_parameters
-from rethinker_jax.models.sharding import make_mesh, row_shards
+from rethinker_jax.models.sharding import make_mesh, parts_of, row_shards
 from rethinker_jax.planning import costs, sample
 from rethinker_jax.planning.hlo import Collective
 from rethinker_jax.planning.layouts import Layout, bytes_per_device, fill_mesh, lay_out
@@ -66,10 +66,10 @@ class Plan:
 
 def make_plan(config: Config, model: NamedModel, machine: Machine, devices: Sequence[jax.Device]) -> Plan:
     """Compiles everything that a step of the run would run. Raises UserError for what cannot be planned."""
-    filled = fill_mesh(config.mesh, len(devices))
+    filled = fill_mesh(config.mesh, len(devices), machine.slices)
     mesh = make_mesh(filled, devices)
     layout = lay_out(config, model.config, mesh)
-    longest = longest_of(config, model.config, model)
+    longest = longest_of(config, model.config, model.max_pixels)
     made = update_state(layout)
     update = plan_update(layout, longest, machine, made)
     held = sum(made.bytes.values())
@@ -79,17 +79,21 @@ def make_plan(config: Config, model: NamedModel, machine: Machine, devices: Sequ
 
 
 def coordinates_of(layout: Layout, machine: Machine) -> list[tuple[int, ...]]:
-    """Of the mesh's devices in their order: where they stand in the slice, or (host, GPU)."""
+    """Of the mesh's devices in their order: where they stand in the slice, behind its number if there are several; or
+    (host, GPU)."""
     if machine.is_gpu:
         return [divmod(int(device.id), machine.shape[1]) for device in layout.mesh.devices.flat]
-    return [tuple(getattr(device, "coords", ())) for device in layout.mesh.devices.flat]
+    devices: list[Any] = list(layout.mesh.devices.flat)
+    if machine.slices > 1:
+        return [(device.slice_index, *device.coords) for device in devices]
+    return [tuple(device.coords) for device in devices]
 
 
 def plan_update(layout: Layout, longest: Longest, machine: Machine, made: Any) -> Phase:
     config, mesh, num_devices = layout.config, layout.mesh, layout.mesh.size
-    work = update_work(config, layout.qwen, longest, row_shards(mesh))
+    work = update_work(config, layout.qwen, longest, parts_of(mesh))
     compiled = compile_program("update", lower_update(layout, made, work), num_devices)
-    found = costs.update_costs(config, layout.qwen, work, made.bytes, num_devices, mesh.shape["tensor"])
+    found = costs.update_costs(config, layout.qwen, work, made.bytes, mesh)
     parts = {**made.bytes, "batch": batch_bytes(layout, work)}
     parts["gradients, activations, temporaries"] = max(0, compiled.peak_bytes - sum(parts.values()))
     usable = machine.usable_bytes

@@ -50,16 +50,21 @@ def mfu(programs: Sequence[Roofline]) -> float:
 def link_bandwidth(machine: Machine, group: Sequence[int], where: Sequence[tuple[int, ...]]) -> tuple[float, int]:
     """(bytes a second that a device of the group can take in, hops) of a collective among devices of these numbers.
 
-    `where`: coordinates of every device in the order of the mesh; of GPUs (host, GPU).
+    `where`: coordinates of every device in the order of the mesh, of several slices behind their number; of GPUs
+    (host, GPU).
 
-    In a slice: one link for every side along which the group is spread, two where that side is a ring. GPUs: NVLink
-    inside a host, the network where the group spans several.
+    Between slices: the network. In a slice: one link for every side along which the group is spread, two where that
+    side is a ring. GPUs: NVLink inside a host, the network where the group spans several.
     """
     chip = machine.chip
     if machine.is_gpu:
         hosts = {where[number][0] for number in group}
         return (chip.link if len(hosts) == 1 else chip.network), 0
     coordinates = [where[number] for number in group]
+    if machine.slices > 1:
+        if len({place[0] for place in coordinates}) > 1:
+            return chip.network, 0
+        coordinates = [place[1:] for place in coordinates]
     links = hops = 0
     for side in range(chip.sides):
         spread = len({place[side] for place in coordinates})

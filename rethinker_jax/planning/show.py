@@ -8,16 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rethinker_jax.mesh_spec import mesh_words
 from rethinker_jax.planning.hlo import Collective
-from rethinker_jax.planning.layouts import axis_sizes, mesh_words
 from rethinker_jax.planning.plan import Phase, Plan
 from rethinker_jax.planning.roofline import mfu
 
 GIB = 2**30
 SHOWN = 6  # collectives of a phase
 LEVERS_OF_UPDATE = (
-    "more fsdp (--mesh fsdp=N), a lower training.micro_batch_tokens, model.remat=full, optimizer.moments=mu_bfloat16, "
-    "optimizer.offload=true, model.freeze=[vision,merger], model.lora.rank"
+    "more fsdp (--mesh fsdp=N), for long prompts more context (--mesh context=N), a lower training.micro_batch_tokens, "
+    "model.remat=full, optimizer.moments=mu_bfloat16, optimizer.offload=true, model.freeze=[vision,merger], "
+    "model.lora.rank"
 )
 LEVERS_OF_SAMPLE = (
     "more tensor (--mesh tensor=N: the sampler's weights are cut over it alone), more fsdp for the training state, "
@@ -30,7 +31,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "topology": plan.machine.name,
         "devices": plan.machine.num_devices,
-        "mesh": axis_sizes(plan.mesh),
+        "mesh": plan.mesh.sizes,
         "model": plan.model.source,
         "parameters": plan.parameters,
         "fits": plan.fits,

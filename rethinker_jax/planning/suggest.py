@@ -8,16 +8,15 @@ from rich.table import Table
 
 from rethinker_jax.config import Config
 from rethinker_jax.errors import UserError
-from rethinker_jax.planning.layouts import axis_sizes
+from rethinker_jax.mesh_spec import mesh_words
 from rethinker_jax.planning.machines import Machine
 from rethinker_jax.planning.named_models import NamedModel
 from rethinker_jax.planning.plan import Plan
-from rethinker_jax.planning.search import MARGIN, Estimate, Speeds, estimates
+from rethinker_jax.planning.search import RINGS, Estimate, Speeds, fitting
 from rethinker_jax.planning.work import longest_of
 
 GIB = 2**30
 COMPILED = 3  # of the best estimates
-RINGS = 2  # links that a collective has on the average, for estimates
 
 
 def speeds_of(machine: Machine) -> Speeds:
@@ -40,8 +39,7 @@ def with_estimate(config: Config, found: Estimate) -> Config:
 
 def words_of(config: Config, found: Estimate) -> str:
     """What to write on the command line to run the config so."""
-    axes = axis_sizes(found.mesh).items()
-    words = ["--mesh " + ",".join(f"{axis}={size}" for axis, size in axes if size > 1 or axis == "fsdp")]
+    words = [f"--mesh {mesh_words(found.mesh)}"]
     if found.remat != config.model.remat:
         words.append(f"model.remat={found.remat}")
     if found.micro_batch_tokens != config.training.micro_batch_tokens:
@@ -51,19 +49,18 @@ def words_of(config: Config, found: Estimate) -> str:
 
 def candidates(config: Config, model: NamedModel, machine: Machine, count: int) -> list[Estimate]:
     """The quickest estimates that fit, of different meshes. Raises UserError where none does."""
-    longest = longest_of(config, model.config, model)
-    found = estimates(config, model.config, longest, machine.num_devices, speeds_of(machine), vary=True)
-    fitting = [one for one in found if one.peak_bytes <= MARGIN * machine.usable_bytes]
-    if not fitting:
-        least = min(found, key=lambda one: one.peak_bytes)
+    longest = longest_of(config, model.config, model.max_pixels)
+    devices, usable, speeds = machine.num_devices, machine.usable_bytes, speeds_of(machine)
+    found, least = fitting(config, model.config, longest, devices, usable, speeds, vary=True)
+    if not found:
         raise UserError(
             f"plan --suggest: nothing is estimated to fit on {machine.name}: the least is "
-            f"{least.peak_bytes / GIB:.1f} GiB of {machine.usable_bytes / GIB:.1f}, with {words_of(config, least)}. "
+            f"{least.peak_bytes / GIB:.1f} GiB of {usable / GIB:.1f}, with {words_of(config, least)}. "
             "Take a larger slice, or optimizer.offload=true, optimizer.moments=mu_bfloat16, model.freeze or "
             "model.lora.rank."
         )
     first_of = {}
-    for one in fitting:
+    for one in found:
         first_of.setdefault(one.mesh, one)
     return list(first_of.values())[:count]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from rethinker_jax.config import Config
 from rethinker_jax.models.qwen_config import QwenConfig
-from rethinker_jax.planning.named_models import NamedModel
+from rethinker_jax.models.sharding import Parts
 from rethinker_jax.prompts.batch import PromptBatch, pack_prompts
 from rethinker_jax.prompts.positions import mrope_positions
 from rethinker_jax.prompts.windows import VisionBatch, VisionGeometry, bucket, num_windows
@@ -41,12 +41,12 @@ class Longest:
         return self.budgets.total
 
 
-def longest_of(config: Config, qwen: QwenConfig, found: NamedModel) -> Longest:
-    """Of what `data`, `sampling`, `rethink` and `buckets` allow."""
+def longest_of(config: Config, qwen: QwenConfig, max_pixels: int) -> Longest:
+    """Of what `data`, `sampling`, `rethink` and `buckets` allow. `max_pixels`: of the model's images."""
     data, buckets = config.data, config.buckets
     prompt = min(data.max_prompt_tokens, max(buckets.prompt_tokens, default=data.max_prompt_tokens))
     merge, patch = qwen.vision.merge_size, qwen.vision.patch_size
-    pixels = data.max_pixels or found.max_pixels
+    pixels = data.max_pixels or max_pixels
     units = min(pixels // (merge * patch) ** 2, prompt - TEMPLATE_TOKENS)
     height, width = _squarest(units, geometry_of(qwen), max((size for _, size in buckets.vision), default=0))
     triggers = [np.zeros(TRIGGER_TOKENS, np.int32)]
@@ -95,8 +95,8 @@ class UpdateWork:
     packed: Packed
 
 
-def update_work(config: Config, qwen: QwenConfig, longest: Longest, shards: int) -> UpdateWork:
-    """The optimizer step of `training.batch_size` rows, in whole groups, on `shards` shards of the batch axes."""
+def update_work(config: Config, qwen: QwenConfig, longest: Longest, parts: Parts) -> UpdateWork:
+    """The optimizer step of `training.batch_size` rows, in whole groups, cut into `parts`."""
     length, samples = longest.completion_tokens, config.rollout.samples_per_prompt
     learned, zeros = np.ones(length, bool), np.zeros(length)
     size = config.training.batch_size
@@ -106,7 +106,7 @@ def update_work(config: Config, qwen: QwenConfig, longest: Longest, shards: int)
         row = TrainRow(prompt, zeros.astype(np.int32), learned, ~learned, zeros.astype(np.float32), 1.0)
         rows += [row] * min(samples, size - number * samples)
     packed = pack_micro_batches(
-        rows, geometry_of(qwen), length, _most_rows(config), config.training.micro_batch_tokens, config.buckets, shards
+        rows, geometry_of(qwen), length, _most_rows(config), config.training.micro_batch_tokens, config.buckets, parts
     )
     batch = shapes_of(stack_batches(packed.batches))
     if batch.vision is not None:

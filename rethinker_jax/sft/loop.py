@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from rethinker_jax import health, peers
+from rethinker_jax.chosen_mesh import on_mesh
 from rethinker_jax.config import Config, LossConfig, SftConfig
 from rethinker_jax.console import RunProgress, parameter_line
 from rethinker_jax.devices import start_jax
@@ -21,7 +23,10 @@ from rethinker_jax.errors import UserError
 from rethinker_jax.export import write_model_directory
 from rethinker_jax.metrics import MetricsLog, read_metrics
 from rethinker_jax.models.parts import count_parameters
+from rethinker_jax.options import ProfileSteps
+from rethinker_jax.phases import Laps, during
 from rethinker_jax.processes import check_same, exchange, first_says, is_mine
+from rethinker_jax.profiling import Profiler
 from rethinker_jax.prompts.build import BadPrompt
 from rethinker_jax.prompts.dataset import BadRow
 from rethinker_jax.prompts.order import DataOrder
@@ -88,8 +93,11 @@ class Batch:
     dropped_share: float
 
 
-def fine_tune(config: Config, name: str) -> Path:
-    """The `sft` command. Returns the run directory; its `model/` is the tuned Hugging Face directory."""
+def fine_tune(config: Config, name: str, profile: ProfileSteps | None = None) -> Path:
+    """The `sft` command. Returns the run directory; its `model/` is the tuned Hugging Face directory.
+
+    `profile`: the steps to leave a trace of.
+    """
     started = time.monotonic()
     run = RunDirectory(Path(config.run.dir or f"runs/{name}"), "sft")
     model = run.path / "model"
@@ -101,6 +109,7 @@ def fine_tune(config: Config, name: str) -> Path:
             check_same("sft.data", lambda: [split.train.count, split.train.hash, len(split.validation)])
             num_steps = count_steps(config.sft, split.train.count)
             with open_evaluator(config, run) as evaluator:
+                config = on_mesh(config, "sft")
                 system = load_system(config)
                 encoder = RowEncoder(system.builder, config.sft.max_completion_tokens)
                 setup = Setup(config, name, run, system, encoder, split, num_steps)
@@ -111,12 +120,14 @@ def fine_tune(config: Config, name: str) -> Path:
                     run.start(config)
                     _write_samples(setup)
                     with MetricsLog(run.path, progress.step, writes=run.writes) as log:
-                        after = run_steps(setup, updater, progress, evaluator, log, store, stop)
+                        after = run_steps(setup, updater, progress, evaluator, log, store, stop, profile)
             write_model_directory(
                 system.directory, model, system.model.config, system.merged_params(progress.state.params)
             )
             if run.writes:
                 run.write_summary(summarize(setup, progress, after, read_metrics(log.path)))
+        elif profile is not None:
+            print("--profile: this run is finished, no step is traced", file=sys.stderr)
         if run.writes:
             report = write_report(run.path)
             print(f"loss: {run.read_summary()['nll']}\nmodel: {model}\nreport: {report}")
@@ -165,11 +176,15 @@ def run_steps(
     log: MetricsLog,
     store: CheckpointStore,
     stop: StopRequest,
+    profile: ProfileSteps | None = None,
 ) -> dict[str, float] | None:
     """To the last step; batches are made one step ahead. Returns the scores of the evaluation after, if any."""
     config, first, num_steps = setup.config, progress.step, setup.num_steps
-    quiet = not setup.run.writes
-    with RunProgress(num_steps, first, title=setup.name, quiet=quiet) as shown, ThreadPoolExecutor(1) as ahead:
+    with (
+        RunProgress(num_steps, first, title=setup.name, quiet=not setup.run.writes) as shown,
+        Profiler(profile, first, num_steps, setup.run.path, shown.note) as profiler,
+        ThreadPoolExecutor(1) as ahead,
+    ):
         shown.note(parameter_line(count_parameters(progress.state.params, config.model.freeze)))
         if evaluator is not None and progress.before is None:
             shown.phase("evaluation before")
@@ -180,18 +195,20 @@ def run_steps(
         shown.phase("training")
         coming: Future[Batch | Encodings] | None = None
         said: set[str] = set()
-        watch, due = health.Watch(config, log.path, first), False
+        watch, due, laps = health.Watch(config, log.path, first), False, Laps()
         for step in range(first, num_steps):
-            with stop.held():
-                begin = time.monotonic()
-                found_ahead = prepare(setup, step) if coming is None else coming.result()
-                batch = found_ahead if isinstance(found_ahead, Batch) else make_batch(setup, step, found_ahead)
+            with stop.held(), profiler.step(step):
+                with during("prompts"):  # most of it was done beside the step before
+                    found_ahead = prepare(setup, step) if coming is None else coming.result()
+                    batch = found_ahead if isinstance(found_ahead, Batch) else make_batch(setup, step, found_ahead)
                 coming = ahead.submit(prepare, setup, step + 1) if step + 1 < num_steps else None
                 found = learn(setup, updater, progress, batch)
                 ringing, lines = watch.look(step, found)
                 for line in lines:
                     shown.note(line)
-                log.write(step, found | ringing | {"seconds": time.monotonic() - begin})
+                metrics = found | ringing | laps.metrics()
+                with during("write"):
+                    log.write(step, metrics)
                 watch.refuse(store.directory, store.latest_step)
                 _say_overlong(setup, shown, step, batch, said)
                 shown.update(step + 1, {"loss": found["nll"]})
@@ -209,10 +226,10 @@ def run_steps(
 def learn(setup: Setup, updater: Updater, progress: Progress, batch: Batch) -> dict[str, float]:
     """One optimizer step, and the validation where it is due. Changes `progress`; returns metrics."""
     sft = setup.config.sft
-    peers.at("update")
-    progress.state, metrics = updater.step(progress.state, batch.micro_batches)
+    with during("update"):  # until the device has done it: its numbers are read right here
+        progress.state, metrics = updater.step(progress.state, batch.micro_batches)
+        found = {key: float(metrics[key]) for key in ("nll", "gradient_norm", "skipped_update")}
     progress.step += 1
-    found = {key: float(metrics[key]) for key in ("nll", "gradient_norm", "skipped_update")}
     found |= {"cut_share": batch.cut_share, "skipped_updates": int(jax.device_get(progress.state.num_skipped))}
     if sft.overlong == "drop":
         found["dropped_share"] = batch.dropped_share
@@ -221,6 +238,7 @@ def learn(setup: Setup, updater: Updater, progress: Progress, batch: Batch) -> d
     return found
 
 
+@during("checkpoint")
 def save(store: CheckpointStore, progress: Progress, rows: SftRows) -> None:
     meta = {
         "step": progress.step,
@@ -291,6 +309,7 @@ def pack(setup: Setup, rows: Sequence[TrainRow]) -> tuple[TrainBatch, ...]:
     return pack_to_train(config, system, rows, config.sft.max_completion_tokens, config.sft.batch_size).batches
 
 
+@during("validation")
 def validate(setup: Setup, updater: Updater, state: TrainState) -> dict[str, float]:
     """Loss and token accuracy on the validation rows, whose completions are cut as in training."""
     rows, size = setup.split.validation, setup.config.sft.batch_size
