@@ -99,6 +99,8 @@ def test_a_job_of_processes_is_one_run(folder: Path) -> None:
     for mine, theirs in zip(one, other, strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in mine.items():
+            if key == "row_padding_share":
+                continue  # under `context` rows are packed for half as many shards
             if value is None:
                 assert theirs[key] is None, key
             else:  # sums over devices, in another order; the gap is nothing but rounding

@@ -25,6 +25,7 @@ from rethinker_jax.models.qwen_config import read_config
 from rethinker_jax.models.weights import load_params
 from rethinker_jax.report.charts import SPECS, draw
 from rethinker_jax.report.read import Metrics
+from rethinker_jax.step_metrics import CLOCKS
 from rethinker_jax.training.checkpoint import CheckpointStore, Saved
 from rethinker_jax.training.update import TrainState
 from rethinker_jax.validation import best_step, is_due
@@ -66,10 +67,9 @@ def straight(place: Path) -> Path:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The metrics, line by line, without what the clock says."""
+    """The metrics, line by line, without what the clock says and where a process began."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second", "verdict_ms", "mfu")
-    return [{key: value for key, value in row.items() if not any(word in key for word in clocks)} for row in rows]
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
 
 
 def validation_of(run: Path) -> dict[str, Any]:

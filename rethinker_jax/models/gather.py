@@ -34,9 +34,9 @@ def _backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tu
 take_rows.defvjp(_forward, _backward)
 
 
-def take_whole(table: jax.Array, index: jax.Array, _: tuple[str, str]) -> jax.Array:
-    """`take_rows` as a `Take`."""
-    return take_rows(table, index)
+def take_whole(table: jax.Array, index: jax.Array, words: tuple[str, str]) -> jax.Array:
+    """As a `Take`, of tables that every device has. Only rows of a vocabulary are taken often."""
+    return take_rows(table, index) if words[0] == "vocab" else table[index]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -56,7 +56,7 @@ def take_cut_rows(
         found = jnp.where(here[..., None], table[jnp.clip(place, 0, table.shape[0] - 1)], 0)
         if columns:
             found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=3, tiled=True)
-        return jax.lax.psum(found[0], rows) if rows else found[0]
+        return jax.lax.psum(found[0], rows) if _size(mesh, rows) > 1 else found[0]
 
     specs = spec, _BY_TOKEN
     return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=_BY_TOKEN, check_vma=False)(table, index)
@@ -75,7 +75,7 @@ def turn_table(table: Float[Array, "rows width"], mesh: Mesh, columns: Partition
 
     def own(table: jax.Array) -> jax.Array:
         turned = jax.lax.all_to_all(table, names, split_axis=1, concat_axis=0, tiled=True)
-        return jax.lax.all_gather(turned, "data", axis=0, tiled=True)
+        return jax.lax.all_gather(turned, "data", axis=0, tiled=True) if mesh.shape["data"] > 1 else turned
 
     return jax.shard_map(own, mesh=mesh, in_specs=ROWS, out_specs=columns, check_vma=False)(table)
 

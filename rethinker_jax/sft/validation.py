@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rethinker_jax.models.lora import adapt_params
 from rethinker_jax.models.qwen25vl import Params
 from rethinker_jax.models.sharding import place_rows
+from rethinker_jax.training.context import take_targets
 from rethinker_jax.training.layout import TrainBatch
 from rethinker_jax.training.log_probs import CHUNK_BYTES, packed_hidden
 from rethinker_jax.training.update import Updater, UpdateRule
@@ -38,7 +39,7 @@ def _scores(rule: UpdateRule, params: Params, batch: TrainBatch) -> tuple[jax.Ar
     model, compute = rule.model, adapt_params(params, rule.dtype)
     table = None if batch.vision is None else model.encode_images(compute, batch.vision)
     hidden = packed_hidden(model, compute, batch.text, table)
-    states = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
+    states = take_targets(hidden, batch.target_index, model.mesh)
 
     def one_place(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """One token of every shard."""

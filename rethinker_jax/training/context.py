@@ -7,13 +7,14 @@ stay as they are, and under causality all devices have the same to do.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rethinker_jax.models.sharding import SHARDS
 from rethinker_jax.models.text import Attend
@@ -31,6 +32,51 @@ def cut_tokens(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
     widths = [(0, -size % mesh.shape["context"] if n == axis else 0) for n, size in enumerate(x.shape)]
     places = NamedSharding(mesh, PartitionSpec(*[None] * (axis - 1), *SHARDS, "context"))
     return jax.lax.with_sharding_constraint(jnp.pad(x, widths), places)
+
+
+def take_targets(
+    hidden: Float[Array, "shards tokens width"], index: Int[Array, "shards targets"], mesh: Mesh | None
+) -> Float[Array, "shards targets width"]:
+    """The states at these places of each shard's tokens; over `context` they come in equal parts, padded."""
+    if mesh is None or not cuts_tokens(mesh):
+        return jnp.take_along_axis(hidden, index[..., None], axis=1)
+    return _take_targets(hidden, cut_tokens(index, 1, mesh), mesh)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_targets(hidden: jax.Array, index: jax.Array, mesh: Mesh) -> jax.Array:
+    def own(hidden: jax.Array, index: jax.Array) -> jax.Array:
+        whole = jax.lax.all_gather(hidden, "context", axis=1, tiled=True)
+        return jnp.take_along_axis(whole, index[..., None], axis=1)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=(_CUT, _CUT), out_specs=_CUT, check_vma=False)(hidden, index)
+
+
+def _targets_forward(hidden: jax.Array, index: jax.Array, mesh: Mesh) -> tuple[jax.Array, tuple[jax.Array, int]]:
+    return _take_targets(hidden, index, mesh), (index, hidden.shape[1])
+
+
+def _targets_backward(
+    mesh: Mesh, residuals: tuple[jax.Array, int], gradient: jax.Array
+) -> tuple[Float[Array, "shards tokens width"], None]:
+    """Each device sends the others what is theirs, and sums what it gets, in float32."""
+    index, num_tokens = residuals
+    parts = mesh.shape["context"]
+
+    def own(index: jax.Array, gradient: jax.Array) -> jax.Array:
+        shards, _, width = gradient.shape
+        total = jnp.zeros((shards, num_tokens, width), jnp.float32)
+        total = total.at[jnp.arange(shards)[:, None], index].add(gradient.astype(jnp.float32))
+        sent = total.astype(gradient.dtype).reshape(shards, parts, num_tokens // parts, width)
+        found = jax.lax.all_to_all(sent, "context", split_axis=1, concat_axis=1)
+        return found.sum(axis=1, dtype=jnp.float32).astype(gradient.dtype)
+
+    summed = jax.shard_map(own, mesh=mesh, in_specs=(_CUT, _CUT), out_specs=_CUT, check_vma=False)
+    return summed(index, gradient), None
+
+
+_take_targets.defvjp(_targets_forward, _targets_backward)
+_CUT = PartitionSpec(*SHARDS, "context")
 
 
 # (text, query, key, value) of one shard and some heads → context

@@ -17,7 +17,7 @@ from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.gather import Take, take_cut_rows, take_rows, take_whole, turn_table
 from rethinker_jax.models.qwen25vl import Model, Params, head_dims
 from rethinker_jax.models.sharding import SHARDS, TRAINING_RULES, spec_for, text_shards
-from rethinker_jax.training.context import cut_tokens, cuts_tokens, exchange_heads
+from rethinker_jax.training.context import cut_tokens, cuts_tokens, exchange_heads, take_targets
 from rethinker_jax.training.layout import PackedText, TrainBatch
 
 CHUNK_BYTES: int = 256 * 2**20  # of float32 logits held at once on a shard
@@ -32,7 +32,7 @@ def completion_log_probs(
     """
     table = None if batch.vision is None else model.encode_images(params, batch.vision)
     hidden = packed_hidden(model, params, batch.text, table)
-    states = jnp.take_along_axis(hidden, batch.target_index[..., None], axis=1)
+    states = take_targets(hidden, batch.target_index, model.mesh)
     found = token_log_probs(model, params, states, batch.target_ids, with_entropy_gradient)
     log_probs, entropy = (jnp.where(batch.completion_mask, x.reshape(-1)[batch.token_index], 0.0) for x in found)
     return log_probs, entropy
