@@ -137,7 +137,7 @@ def run_steps(
             progress.before = evaluate_and_keep("before", config, system, progress.state, test, scorer, run).scores
         if validation.is_due(config, 0) and progress.validation_before is None:
             shown.phase("validation before")
-            progress.validation_before, _ = validate(config, system, splits, progress, scorer, run)
+            progress.validation_before = validate(config, system, splits, progress, scorer, run)
         shown.phase("training")
         watch, due, laps = health.Watch(config, log.path, progress.step), False, Laps()
         while progress.step < num_steps:
@@ -146,8 +146,8 @@ def run_steps(
                 measured = None
                 if validation.is_due(config, progress.step):
                     shown.phase("validation")
-                    measured, added = validate(config, system, splits, progress, scorer, run)
-                    metrics |= added
+                    measured = validate(config, system, splits, progress, scorer, run)
+                    metrics |= validation.as_metrics(measured)
                     shown.note(validation.as_line(progress.step, measured))
                 ringing, said = watch.look(progress.step - 1, metrics)
                 for line in said:
@@ -184,9 +184,9 @@ def write_step(
 @during("validation")
 def validate(
     config: Config, system: System, splits: Splits, progress: Progress, scorer: Scorer, run: RunDirectory
-) -> tuple[dict[str, float], dict[str, float]]:
-    """What `validation.measure_step` says of the weights of now."""
-    return validation.measure_step(config, system, splits.validation, progress.state, scorer, run)
+) -> dict[str, float]:
+    """What `validation.measure` says of the weights of now."""
+    return validation.measure(config, system, splits.validation, progress.state, scorer, run)
 
 
 @during("evaluation")

@@ -5,7 +5,6 @@ Checkpoints are named by the steps done before them: the line of `metrics.jsonl`
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,18 +54,9 @@ def measure(
     return mean_scores(system, system.sampling_params(state.params), prompts, config, scorer)
 
 
-def measure_step(
-    config: Config, system: System, problems: Sequence[Problem], state: TrainState, scorer: Scorer, run: RunDirectory
-) -> tuple[dict[str, float], dict[str, float]]:
-    """What `measure` gives, and as metrics of the step behind which it was measured, with the seconds it took."""
-    began = time.monotonic()
-    measured = measure(config, system, problems, state, scorer, run)
-    return measured, as_metrics(measured, time.monotonic() - began)
-
-
-def as_metrics(measured: Mapping[str, float], seconds: float) -> dict[str, float]:
+def as_metrics(measured: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a step behind which it was measured."""
-    return {PREFIX + key: value for key, value in measured.items()} | {"seconds_validation": seconds}
+    return {PREFIX + key: value for key, value in measured.items()}
 
 
 def as_line(step: int, measured: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rethinker_jax.models.sharding import ROWS, SHARDS, row_shards
+from rethinker_jax.models.sharding import ROWS, TOKENS, row_shards
 
 # (table, index, the dimension words of the table) → rows of the table
 Take = Callable[[jax.Array, jax.Array, tuple[str, str]], jax.Array]
@@ -48,7 +48,7 @@ def take_cut_rows(
     Each device takes from its part of the table what all those want that have the other columns, and they exchange what
     they took. Left to XLA, the gradients of all shards would be gathered on every device.
     """
-    columns, rows = _names(spec, 1), _names(spec, 0)
+    columns, rows = _names(spec, 1, mesh), _names(spec, 0, mesh)
 
     def own(table: jax.Array, index: jax.Array) -> jax.Array:
         place = _wanted(index, columns) - _first(rows, table.shape[0])
@@ -56,10 +56,10 @@ def take_cut_rows(
         found = jnp.where(here[..., None], table[jnp.clip(place, 0, table.shape[0] - 1)], 0)
         if columns:
             found = jax.lax.all_to_all(found, columns, split_axis=0, concat_axis=3, tiled=True)
-        return jax.lax.psum(found[0], rows) if _size(mesh, rows) > 1 else found[0]
+        return jax.lax.psum(found[0], rows) if rows else found[0]
 
-    specs = spec, _BY_TOKEN
-    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=_BY_TOKEN, check_vma=False)(table, index)
+    specs = spec, TOKENS
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=TOKENS, check_vma=False)(table, index)
 
 
 def turn_table(table: Float[Array, "rows width"], mesh: Mesh, columns: PartitionSpec) -> Float[Array, "rows width"]:
@@ -67,15 +67,14 @@ def turn_table(table: Float[Array, "rows width"], mesh: Mesh, columns: Partition
 
     XLA would make it whole on the way where `data` cuts it too. Left to it is what the axes do not divide.
     """
-    names = _names(columns, 1)
-    if ("data", *names) != tuple(name for name in ROWS[0] if name != "context" or mesh.shape[name] > 1):
-        return table
-    if table.shape[0] % row_shards(mesh):
+    names = _names(columns, 1, mesh)
+    if names != tuple(name for name in ROWS[0][1:] if mesh.shape[name] > 1) or table.shape[0] % row_shards(mesh):
         return table
 
     def own(table: jax.Array) -> jax.Array:
-        turned = jax.lax.all_to_all(table, names, split_axis=1, concat_axis=0, tiled=True)
-        return jax.lax.all_gather(turned, "data", axis=0, tiled=True) if mesh.shape["data"] > 1 else turned
+        if names:
+            table = jax.lax.all_to_all(table, names, split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.all_gather(table, "data", axis=0, tiled=True) if mesh.shape["data"] > 1 else table
 
     return jax.shard_map(own, mesh=mesh, in_specs=ROWS, out_specs=columns, check_vma=False)(table)
 
@@ -90,7 +89,7 @@ def _cut_backward(
     mesh: Mesh, spec: PartitionSpec, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
     index, like = residuals
-    columns, rows = _names(spec, 1), _names(spec, 0)
+    columns, rows = _names(spec, 1, mesh), _names(spec, 0, mesh)
     size = like.shape[0] // _size(mesh, rows)
     others = tuple(name for name in mesh.axis_names if name not in (*columns, "tensor") and mesh.shape[name] > 1)
 
@@ -104,18 +103,18 @@ def _cut_backward(
         total = jnp.zeros((size, parts.shape[-1]), jnp.float32).at[place].add(parts.astype(jnp.float32), mode="drop")
         return (jax.lax.psum(total, others) if others else total).astype(like.dtype)
 
-    specs = _BY_TOKEN, _BY_TOKEN
+    specs = TOKENS, TOKENS
     return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(index, gradient), None
 
 
 take_cut_rows.defvjp(_cut_forward, _cut_backward)
 
-_BY_TOKEN = PartitionSpec(*SHARDS, "context")
 
-
-def _names(spec: PartitionSpec, dimension: int) -> tuple[str, ...]:
-    names = spec[dimension] if dimension < len(spec) else None
-    return (names,) if isinstance(names, str) else tuple(names or ())
+def _names(spec: PartitionSpec, dimension: int, mesh: Mesh) -> tuple[str, ...]:
+    """The axes that cut a dimension. One of a single device cuts nothing, and libtpu fails at collectives in it."""
+    named = spec[dimension] if dimension < len(spec) else None
+    names = (named,) if isinstance(named, str) else tuple(named or ())
+    return tuple(name for name in names if mesh.shape[name] > 1)
 
 
 def _size(mesh: Mesh, names: tuple[str, ...]) -> int:

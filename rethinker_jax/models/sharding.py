@@ -22,7 +22,8 @@ from rethinker_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 ROWS = PartitionSpec(("data", "fsdp", "context"))  # slots, vision rows, rows of the loss
-SHARDS = PartitionSpec(("data", "fsdp"))  # of packed text, whose tokens are cut over `context`
+SHARDS = PartitionSpec(("data", "fsdp"))  # of packed text
+TOKENS = PartitionSpec(*SHARDS, "context")  # of packed text: [shards, tokens, ...]
 
 # Words that are not in it (layers, head_dim, rank, patch_dim) stay whole.
 Rules = Mapping[str, tuple[str, ...]]
@@ -124,6 +125,12 @@ def row_shards(mesh: Mesh) -> int:
 def text_shards(mesh: Mesh) -> int:
     """Into how many parts, each packed by itself, the text of a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def kv_repeats(heads: int, kv_heads: int, parts: int) -> int:
+    """How often each kv head is repeated, so that `parts` devices each have some with their heads; 0 = not possible."""
+    repeats = math.lcm(kv_heads, parts) // kv_heads
+    return repeats if heads % (kv_heads * repeats) == 0 else 0
 
 
 def cut_rows(rows: int, mesh: Mesh) -> PartitionSpec:

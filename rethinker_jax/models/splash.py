@@ -21,7 +21,6 @@ and weighs nothing.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from rethinker_jax.models.attention import Mask, Prefix
-from rethinker_jax.models.sharding import cut_rows
+from rethinker_jax.models.sharding import cut_rows, kv_repeats
 
 LANES = 128  # of a TPU's registers: tiles of keys and head dimensions are multiples
 BLOCKS = (512, 256, 128)  # tile sizes of queries and of keys; 512 by 512 fits v5e, v5p and v6e
@@ -205,7 +204,6 @@ def partition(rows: int, heads: int, kv_heads: int, mesh: Mesh | None) -> tuple[
     """
     if mesh is None:
         return PartitionSpec(None, None), 1
-    copies = math.lcm(kv_heads, mesh.shape["tensor"]) // kv_heads
-    fits = heads % (kv_heads * copies) == 0
+    copies = kv_repeats(heads, kv_heads, mesh.shape["tensor"])
     by_row = next(iter(cut_rows(rows, mesh)), None)
-    return PartitionSpec(by_row, "tensor" if fits else None), copies if fits else 1
+    return PartitionSpec(by_row, "tensor" if copies else None), copies or 1

@@ -17,6 +17,7 @@ from rethinker_jax.models.flops import decoder_flops, image_work, vision_flops
 from rethinker_jax.models.layers import Remat
 from rethinker_jax.models.precision import resolve_dtype
 from rethinker_jax.models.qwen_config import QwenConfig
+from rethinker_jax.models.sharding import kv_repeats
 from rethinker_jax.planning.work import Longest, geometry_of
 from rethinker_jax.prompts.windows import num_windows
 from rethinker_jax.training.log_probs import CHUNK_BYTES
@@ -81,7 +82,7 @@ def mesh_shapes(
 
 def fits_heads(qwen: QwenConfig, tensor: int, context: int) -> bool:
     """Whether inside attention every device gets heads of its own; kv heads are repeated where there are too few."""
-    return context == 1 or qwen.heads % math.lcm(qwen.kv_heads, tensor * context) == 0
+    return context == 1 or kv_repeats(qwen.heads, qwen.kv_heads, tensor * context) > 0
 
 
 def long_meshes(num_devices: int, qwen: QwenConfig) -> list[MeshConfig]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.lora import adapt_params, merge_adapters
 from rethinker_jax.models.qwen25vl import Model, Params, causal_attend, param_dims, param_shapes
 from rethinker_jax.models.qwen_config import QwenConfig
-from rethinker_jax.models.sharding import ROWS, SAMPLING_RULES, param_shardings
+from rethinker_jax.models.sharding import ROWS, SAMPLING_RULES, kv_repeats, param_shardings
 from rethinker_jax.prompts.batch import PromptBatch
 from rethinker_jax.sampling.caches import (
     Caches,
@@ -48,8 +47,7 @@ def sampling_layout(model: Model, params: Params, mesh: Mesh, dtype: Any) -> Par
 
 def kv_copies(config: QwenConfig, mesh: Mesh) -> int:
     """How often the sampling layout repeats each kv head, so that `tensor` divides them; 1 where heads forbid it."""
-    copies = math.lcm(config.kv_heads, mesh.shape["tensor"]) // config.kv_heads
-    return copies if config.heads % (config.kv_heads * copies) == 0 else 1
+    return kv_repeats(config.heads, config.kv_heads, mesh.shape["tensor"]) or 1
 
 
 def _unstack(model: Model, tree: Params, first: Any) -> Params:

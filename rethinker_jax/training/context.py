@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rethinker_jax.models.sharding import SHARDS
+from rethinker_jax.models.sharding import SHARDS, TOKENS, kv_repeats
 from rethinker_jax.models.text import Attend
 from rethinker_jax.training.layout import PackedText
 
@@ -30,7 +30,7 @@ def cut_tokens(x: jax.Array, axis: int, mesh: Mesh | None) -> jax.Array:
     if mesh is None or not cuts_tokens(mesh):
         return x
     widths = [(0, -size % mesh.shape["context"] if n == axis else 0) for n, size in enumerate(x.shape)]
-    places = NamedSharding(mesh, PartitionSpec(*[None] * (axis - 1), *SHARDS, "context"))
+    places = NamedSharding(mesh, PartitionSpec(*[None] * (axis - 1), *TOKENS))
     return jax.lax.with_sharding_constraint(jnp.pad(x, widths), places)
 
 
@@ -49,7 +49,7 @@ def _take_targets(hidden: jax.Array, index: jax.Array, mesh: Mesh) -> jax.Array:
         whole = jax.lax.all_gather(hidden, "context", axis=1, tiled=True)
         return jnp.take_along_axis(whole, index[..., None], axis=1)
 
-    return jax.shard_map(own, mesh=mesh, in_specs=(_CUT, _CUT), out_specs=_CUT, check_vma=False)(hidden, index)
+    return jax.shard_map(own, mesh=mesh, in_specs=(TOKENS, TOKENS), out_specs=TOKENS, check_vma=False)(hidden, index)
 
 
 def _targets_forward(hidden: jax.Array, index: jax.Array, mesh: Mesh) -> tuple[jax.Array, tuple[jax.Array, int]]:
@@ -71,12 +71,11 @@ def _targets_backward(
         found = jax.lax.all_to_all(sent, "context", split_axis=1, concat_axis=1)
         return found.sum(axis=1, dtype=jnp.float32).astype(gradient.dtype)
 
-    summed = jax.shard_map(own, mesh=mesh, in_specs=(_CUT, _CUT), out_specs=_CUT, check_vma=False)
+    summed = jax.shard_map(own, mesh=mesh, in_specs=(TOKENS, TOKENS), out_specs=TOKENS, check_vma=False)
     return summed(index, gradient), None
 
 
 _take_targets.defvjp(_targets_forward, _targets_backward)
-_CUT = PartitionSpec(*SHARDS, "context")
 
 
 # (text, query, key, value) of one shard and some heads → context
@@ -91,7 +90,7 @@ def exchange_heads(attend: AttendShard, text: PackedText, mesh: Mesh) -> Attend:
     """
     num_tokens = math.prod(text.token_ids.shape[1:])
     parts = mesh.shape["tensor"] * mesh.shape["context"]
-    by_token = PartitionSpec(*SHARDS, "context", "tensor")
+    by_token = PartitionSpec(*TOKENS, "tensor")
     text = dataclasses.replace(text, positions=None)  # whose shards are on another axis; attention does not read them
 
     def own_heads(text: PackedText, *tokens: jax.Array) -> jax.Array:
@@ -106,8 +105,8 @@ def exchange_heads(attend: AttendShard, text: PackedText, mesh: Mesh) -> Attend:
         query: Float[Array, "shards tokens heads head_dim"], key: jax.Array, value: jax.Array, cache: None
     ) -> tuple[Float[Array, "shards tokens heads head_dim"], None]:
         heads, kv_heads = query.shape[2], key.shape[2]
-        copies = math.lcm(kv_heads, parts) // kv_heads
-        if heads % (kv_heads * copies):
+        copies = kv_repeats(heads, kv_heads, parts)
+        if not copies:
             raise ValueError(f"tensor·context = {parts} does not divide {heads} heads over {kv_heads} kv heads")
         key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
         specs = jax.tree.map(lambda _: SHARDS, text), by_token, by_token, by_token

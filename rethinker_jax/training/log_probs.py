@@ -16,7 +16,7 @@ from rethinker_jax.models.attention import Mask, Prefix
 from rethinker_jax.models.attention_kernels import Attention
 from rethinker_jax.models.gather import Take, take_cut_rows, take_rows, take_whole, turn_table
 from rethinker_jax.models.qwen25vl import Model, Params, head_dims
-from rethinker_jax.models.sharding import SHARDS, TRAINING_RULES, spec_for, text_shards
+from rethinker_jax.models.sharding import TOKENS, TRAINING_RULES, spec_for, text_shards
 from rethinker_jax.training.context import cut_tokens, cuts_tokens, exchange_heads, take_targets
 from rethinker_jax.training.layout import PackedText, TrainBatch
 
@@ -128,10 +128,7 @@ def token_log_probs(
         whole = jax.tree.map(_whole, head, dtypes, specs)
         return _chunked_log_probs(model, whole, dtypes, hidden, targets, with_entropy_gradient, over)
 
-    by_token = PartitionSpec(*SHARDS, "context")
-    parts = jax.shard_map(
-        own_part, mesh=mesh, in_specs=(specs, by_token, by_token), out_specs=by_token, check_vma=False
-    )
+    parts = jax.shard_map(own_part, mesh=mesh, in_specs=(specs, TOKENS, TOKENS), out_specs=TOKENS, check_vma=False)
     found = parts(wide, cut_tokens(hidden, 1, mesh), cut_tokens(targets, 1, mesh))
     return found[0][:, : targets.shape[1]], found[1][:, : targets.shape[1]]
 
